@@ -1,0 +1,1 @@
+"""The methods PBS-Attn is compared with, one file each, on the same plans and kernels."""

@@ -1,0 +1,65 @@
+"""MeanPooling: PBS's block scores without its permutation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pbs.methods.base import AttentionMethod
+from pbs.methods.checks import check_block_size, check_choice, check_threshold
+from pbs.ops.checks import check_attention_inputs
+from pbs.ops.grid import BlockGrid
+from pbs.ops.plan import AttentionPlan
+from pbs.selectors import select_top_p
+from pbs.selectors.meanpool import MeanPoolSelector
+
+
+@dataclass(kw_only=True)
+class MeanPooling(AttentionMethod):
+    """Fewest blocks whose pooled probability reaches τ; the diagonal takes part in the softmax.
+
+    Args:
+        block_size: tokens per tile side (B), a power of two of at least 16.
+        threshold: cumulative block probability to reach (τ), in (0, 1]; 1 equals dense.
+        force_select_first_block: always compute block 0, the attention sink.
+        pad_mean: mean of a partial last block over its "real" tokens, or zero-padded as in the
+            original code ("reference").
+
+    Source: the "MeanPooling" baseline of arXiv 2510.21270. The diagonal block is always computed.
+    """
+
+    block_size: int = 128
+    threshold: float = 0.9
+    force_select_first_block: bool = True
+    pad_mean: str = "real"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_block_size(self.block_size)
+        check_threshold(self.threshold)
+        check_choice(self.pad_mean, ("real", "reference"), name="pad_mean")
+        self._selector = MeanPoolSelector(pad_mean=self.pad_mean)
+
+    def plan(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        scale: float | None = None,
+        layer_idx: int | None = None,  # noqa: ARG002 - the same in every layer
+    ) -> AttentionPlan:
+        """See the base class."""
+        check_attention_inputs(q, k)
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        grid = BlockGrid(q.shape[2], k.shape[2], self.block_size, self.block_size)
+        last_tile = grid.last_positions(q.device) // self.block_size
+        causal = torch.arange(grid.num_key_tiles, device=q.device) <= last_tile[:, None]
+        probabilities = self._selector.block_probabilities(
+            q, k, scale=scale, grid=grid, candidates=causal
+        )
+        mask = select_top_p(probabilities, threshold=self.threshold, candidates=causal)
+        if self.force_select_first_block:
+            mask = mask | (torch.arange(grid.num_key_tiles, device=q.device) == 0)
+        return AttentionPlan.from_block_mask(mask, grid)

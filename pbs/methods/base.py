@@ -1,0 +1,141 @@
+"""The base class of every attention method. Legend: see :mod:`pbs.ops.grid`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pbs.ops.block_sparse_attention import Backend, block_sparse_attention
+from pbs.ops.checks import check_attention_inputs
+from pbs.ops.dense import dense_attention
+from pbs.ops.grid import Geometry
+from pbs.ops.plan import AttentionPlan
+
+
+@dataclass(frozen=True)
+class CallRecord:
+    """What one call of a method saw and decided. It refers to q and k: use them, do not keep them.
+
+    Attributes:
+        layer_idx: the layer, if the caller said.
+        q: ``[Z, Hq, Nq, D]`` without padding.
+        k: ``[Z, Hkv, Nk, D]`` without padding.
+        scale: factor of the logits.
+        plan: what was computed; ``plan.reason`` is "" if the call ran sparse, else says why dense.
+    """
+
+    layer_idx: int | None
+    q: Tensor
+    k: Tensor
+    scale: float
+    plan: AttentionPlan
+
+
+@dataclass(kw_only=True)
+class AttentionMethod(ABC):
+    """Decides what to compute; the kernels of ``pbs.ops`` compute it.
+
+    A method is a dataclass: its fields are its parameters, with their defaults, checked in
+    ``__post_init__``. It overrides :meth:`plan` and nothing else.
+
+    Args:
+        backend: who computes a sparse plan: "auto", "reference", "cpu" or "triton".
+    """
+
+    backend: str = "auto"
+    recorder: Callable[[CallRecord], None] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        """Check the parameters; subclasses call ``super().__post_init__()`` first."""
+        names = [member.value for member in Backend]
+        if self.backend not in names:
+            raise ValueError(f"unknown backend {self.backend!r}; valid: {', '.join(names)}")
+
+    @abstractmethod
+    def plan(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        scale: float | None = None,
+        layer_idx: int | None = None,
+    ) -> AttentionPlan:
+        """What to compute for these queries and keys.
+
+        Args:
+            q: ``[Z, Hq, Nq, D]``, after RoPE.
+            k: ``[Z, Hkv, Nk, D]``, not repeated, Nk >= Nq; queries are the last Nq tokens.
+            scale: factor of the logits; default 1 / sqrt(D).
+            layer_idx: for methods with settings per layer.
+
+        Raises:
+            ValueError: shapes do not fit.
+        """
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        layer_idx: int | None = None,
+        geometry: Geometry | None = None,
+    ) -> Tensor:
+        """Causal attention of this method.
+
+        Args:
+            q: ``[Z, Hq, Nq, D]``, after RoPE.
+            k: ``[Z, Hkv, Nk, D]``, Hq a multiple of Hkv.
+            v: ``[Z, Hkv, Nk, D]``.
+            scale: factor of the logits; default 1 / sqrt(D).
+            layer_idx: for methods with settings per layer, and the record.
+            geometry: padding and the slot of the first query; default: no padding, queries last.
+
+        Returns:
+            ``[Z, Hq, Nq, D]`` in q's dtype; zeros for padding. A padded batch gives each sequence
+            what it gets alone.
+
+        Raises:
+            ValueError: shapes or devices do not fit each other or the geometry.
+            TypeError: dtypes differ.
+        """
+        check_attention_inputs(q, k, v)
+        if geometry is None or geometry.is_unpadded:
+            return self._attend(q, k, v, scale, layer_idx)
+        _check_geometry(geometry, q, k)
+        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        for members, rows, slots in geometry.spans():
+            part = self._attend(
+                q[members, :, rows], k[members, :, slots], v[members, :, slots], scale, layer_idx
+            )
+            out[members, :, rows] = part
+        return out
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, layer_idx: int | None
+    ) -> Tensor:
+        """Plan and compute sequences of one length without padding."""
+        if scale is None:
+            scale = q.shape[3] ** -0.5
+        plan = self.plan(q, k, scale=scale, layer_idx=layer_idx)
+        if self.recorder is not None:
+            self.recorder(CallRecord(layer_idx, q, k, scale, plan))
+        if plan.is_dense:
+            return dense_attention(q, k, v, scale=scale)
+        return block_sparse_attention(q, k, v, plan, scale=scale, backend=self.backend)
+
+
+def _check_geometry(geometry: Geometry, q: Tensor, k: Tensor) -> None:
+    expected = (q.shape[0], q.shape[2], k.shape[2])
+    got = (len(geometry.starts), geometry.num_queries, geometry.num_keys)
+    if got != expected:
+        raise ValueError(
+            f"the geometry is for (sequences, queries, keys) = {got}, the tensors have {expected}"
+        )

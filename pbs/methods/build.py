@@ -1,0 +1,42 @@
+"""Methods by name."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from pbs.methods.base import AttentionMethod
+from pbs.registry import Registry, unknown
+
+# One line per method. Classes are imported when asked for: `pbs` does not depend on `baselines`.
+METHODS = Registry(
+    "method",
+    {
+        "flash": "baselines.flash:FlashAttention",
+        "meanpool": "baselines.meanpool:MeanPooling",
+        "pbs": "pbs.methods.pbs:PBS",
+    },
+)
+
+
+def build_method(name: str, **params: object) -> AttentionMethod:
+    """Make an attention method.
+
+    Args:
+        name: one of ``METHODS.names``.
+        **params: the method's own parameters; defaults are those of its class.
+
+    Returns:
+        The method, callable as ``method(q, k, v)``.
+
+    Raises:
+        ValueError: unknown name or parameter (the message names the nearest valid one), or a value
+            outside its range.
+        TypeError: a value of the wrong type.
+    """
+    method_class = METHODS.load(name)
+    valid = [field.name for field in fields(method_class) if field.init]
+    for param in params:
+        if param not in valid:
+            raise ValueError(unknown(f"parameter of method {name!r}:", param, valid))
+    method: AttentionMethod = method_class(**params)
+    return method

@@ -1,0 +1,45 @@
+"""Checks of the parameters that several methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pbs.registry import unknown
+
+
+def check_block_size(value: int, *, name: str = "block_size") -> None:
+    """A power of two of at least 16 (the smallest tile of the matrix units)."""
+    _check_int(value, name)
+    if value < 16 or value & (value - 1):
+        raise ValueError(f"{name} must be a power of two of at least 16, got {value}; try 128")
+
+
+def check_segment_size(value: int, block_size: int) -> None:
+    """A positive multiple of the block size."""
+    _check_int(value, "segment_size")
+    if value < block_size or value % block_size:
+        near = max(1, value // block_size) * block_size
+        raise ValueError(
+            f"segment_size must be a multiple of block_size, got {value} and {block_size}; try "
+            f"{near} or {near + block_size}"
+        )
+
+
+def check_threshold(value: float, *, name: str = "threshold") -> None:
+    """A number in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number in (0, 1], got {value!r}")
+    if not 0 < value <= 1:  # also false for NaN
+        raise ValueError(f"{name} must lie in (0, 1], got {value}; 1 keeps every block")
+
+
+def check_choice(value: str, valid: Iterable[str], *, name: str) -> None:
+    """One of the valid names."""
+    valid = list(valid)
+    if value not in valid:
+        raise ValueError(unknown(name, value, valid))
+
+
+def _check_int(value: int, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")

@@ -1,0 +1,92 @@
+"""The public entry: checks its arguments, then runs one of three backends."""
+
+from __future__ import annotations
+
+from enum import Enum
+from importlib import import_module
+
+from torch import Tensor
+
+from pbs.ops.checks import check_attention_inputs
+from pbs.ops.plan import AttentionPlan
+
+
+class Backend(str, Enum):
+    """Who computes the plan.
+
+    AUTO picks TRITON for CUDA tensors and CPU for CPU tensors; it never falls back further.
+    REFERENCE is plain eager PyTorch with N x N memory and defines what is right.
+    """
+
+    AUTO = "auto"
+    REFERENCE = "reference"
+    CPU = "cpu"
+    TRITON = "triton"
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float | None = None,
+    backend: Backend | str = Backend.AUTO,
+) -> Tensor:
+    """One softmax per query over exactly the keys the plan names.
+
+    Args:
+        q: ``[Z, Hq, Nq, D]``, fp32, bf16 or fp16.
+        k: ``[Z, Hkv, Nk, D]`` in natural order, Hq a multiple of Hkv.
+        v: ``[Z, Hkv, Nk, D]`` in natural order.
+        plan: made for these shapes, on q's device.
+        scale: factor of the logits; default 1 / sqrt(D).
+        backend: see :class:`Backend`.
+
+    Returns:
+        ``[Z, Hq, Nq, D]`` in q's dtype; zeros for a query without keys.
+
+    Raises:
+        ValueError: shapes, devices or the plan do not fit, or the backend's name is unknown.
+        TypeError: dtypes differ or are not floating point.
+        NotImplementedError: no backend for q's device, or the named backend cannot run there.
+
+    Source: arXiv 2510.21270, section 3.3; the loop over tiles is FlashAttention-2's.
+    """
+    check_attention_inputs(q, k, v)
+    grid = plan.grid
+    if (grid.num_queries, grid.num_keys) != (q.shape[2], k.shape[2]) or (
+        plan.batch_size,
+        plan.num_heads,
+    ) != (q.shape[0], q.shape[1]):
+        raise ValueError(
+            f"the plan is for Z={plan.batch_size}, Hq={plan.num_heads}, Nq={grid.num_queries}, "
+            f"Nk={grid.num_keys}; got q {tuple(q.shape)} and k {tuple(k.shape)}"
+        )
+    if plan.device != q.device:
+        raise ValueError(f"the plan lies on {plan.device}, q on {q.device}; move one of them")
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    backend = _resolve(backend, q.device.type)
+    # Imported when used: a machine without Triton, or without need of it, never loads it.
+    module = import_module(f"pbs.ops.block_sparse_attention.{backend.value}")
+    out: Tensor = module.block_sparse_attention(q, k, v, plan, scale=scale)
+    return out
+
+
+def _resolve(backend: Backend | str, device_type: str) -> Backend:
+    names = [member.value for member in Backend]
+    if backend not in names:
+        raise ValueError(f"unknown backend {backend!r}; valid: {', '.join(names)}")
+    backend = Backend(backend)
+    if backend is Backend.AUTO:
+        automatic = {"cuda": Backend.TRITON, "cpu": Backend.CPU}
+        if device_type not in automatic:
+            raise NotImplementedError(
+                f"no block-sparse kernel for device {device_type!r}; expected cuda or cpu, or ask "
+                "for backend='reference'"
+            )
+        return automatic[device_type]
+    if backend is Backend.CPU and device_type != "cpu":
+        raise NotImplementedError(f"backend 'cpu' got tensors on {device_type!r}; use 'triton'")
+    return backend

@@ -1,0 +1,174 @@
+"""Fast PyTorch on a CPU: rows of equal length are gathered and computed together.
+
+A query tile has two parts. Keys that all its queries see (blocks, columns) need no mask and take
+nearly all the time; windows need a mask per token. Each part runs through PyTorch's CPU flash
+attention, which also returns the log-sum-exp, and the two are merged by it. Query tiles (over all
+sequences and heads) are grouped by their number of keys, so that one call computes many of them.
+
+Legend: see :mod:`pbs.ops.grid`; R rows (query tiles) of a group, L keys of each, M query tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pbs.ops.plan import AttentionPlan
+
+# Gathered keys per call: bounds the copies of K and V to some tens of MB.
+MAX_GATHERED_TOKENS = 1 << 16
+
+
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float
+) -> Tensor:
+    """See :func:`pbs.ops.block_sparse_attention.api.block_sparse_attention`."""
+    rows = _Rows.build(q, k, v, plan, scale)
+    out, lse = rows.run_whole_tiles()
+    rows.merge_windows(out, lse)
+    out = out.view(*q.shape[:2], -1, q.shape[3])[:, :, : q.shape[2]]
+    if plan.query_order is None:
+        return out.contiguous()
+    restored = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return restored.scatter_(2, plan.query_order.unsqueeze(-1).expand_as(out), out)
+
+
+@dataclass
+class _Rows:
+    """All query tiles of all sequences and heads as one list of rows."""
+
+    plan: AttentionPlan
+    scale: float
+    queries: Tensor  # [rows, M, D]
+    keys: Tensor  # [Z * Hkv * Nk, D]
+    values: Tensor  # [Z * Hkv * Nk, D]
+    key_base: Tensor  # [rows] first token of the row's KV head in `keys`
+    order: Tensor | None  # [Z * Ho * Nk] position of the key at each place
+    order_base: Tensor | None  # [rows]
+    head: Tensor  # [rows] query head
+
+    @classmethod
+    def build(cls, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> _Rows:
+        batch, num_heads, num_queries, head_dim = q.shape
+        grid = plan.grid
+        if plan.query_order is not None:
+            q = q.gather(2, plan.query_order.unsqueeze(-1).expand_as(q))
+        padding = grid.num_query_tiles * grid.query_tile - num_queries
+        queries = torch.nn.functional.pad(q, (0, 0, 0, padding))
+        sequence = torch.arange(batch).view(-1, 1, 1)
+        head = torch.arange(num_heads).view(1, -1, 1)
+        shape = (batch, num_heads, grid.num_query_tiles)
+
+        def first_token(tensor_heads: int) -> Tensor:
+            own = head // (num_heads // tensor_heads)
+            base = (sequence * tensor_heads + own) * grid.num_keys
+            return base.expand(shape).flatten()
+
+        return cls(
+            plan,
+            scale,
+            queries.reshape(-1, grid.query_tile, head_dim),
+            k.reshape(-1, head_dim),
+            v.reshape(-1, head_dim),
+            first_token(k.shape[1]),
+            None if plan.order is None else plan.order.reshape(-1),
+            None if plan.order is None else first_token(plan.order.shape[1]),
+            head.expand(shape).flatten(),
+        )
+
+    def run_whole_tiles(self) -> tuple[Tensor, Tensor]:
+        """Attention over the keys that need no mask: out [rows, M, D] and lse [rows, M]."""
+        plan, tile = self.plan, self.plan.grid.key_tile
+        out = torch.zeros_like(self.queries)
+        lse = torch.full(self.queries.shape[:2], float("-inf"), dtype=torch.float32)
+        blocks, num_blocks = self._lists(plan.blocks, plan.num_blocks)
+        counts = num_blocks * tile
+        columns = num_columns = None
+        if plan.columns is not None and plan.num_columns is not None:
+            columns, num_columns = self._lists(plan.columns, plan.num_columns)
+            counts = counts + num_columns
+        for group, length in _groups(counts):
+            if not length:
+                continue
+            tokens = self._tokens(blocks[group] * tile, num_blocks[group], tile)
+            if self.order is not None and self.order_base is not None:
+                places = (self.order_base[group, None] + tokens).clamp(min=0)
+                tokens = torch.where(tokens >= 0, self.order[places], -1)
+            if columns is not None and num_columns is not None:
+                extra = self._tokens(columns[group], num_columns[group], 1)
+                tokens = torch.cat([tokens, extra], dim=1)
+            valid = tokens >= 0
+            mask = None if bool(valid.all()) else valid[:, None, :]
+            out[group], lse[group] = self._attend(group, tokens, mask)
+        return out, lse
+
+    def merge_windows(self, out: Tensor, lse: Tensor) -> None:
+        """Add the keys that need a mask per token to out and lse, in place."""
+        plan, grid = self.plan, self.plan.grid
+        windows, num_windows = self._lists(plan.windows, plan.num_windows)
+        positions = plan.query_positions().expand(plan.batch_size, plan.num_heads, -1)
+        positions = positions.reshape(-1, grid.query_tile)
+        for group, length in _groups(num_windows * grid.key_tile):
+            if not length:
+                continue
+            tokens = self._tokens(windows[group], num_windows[group], grid.key_tile)
+            tokens = torch.where(tokens < grid.num_keys, tokens, -1)
+            rows = positions[group, :, None]
+            seen = (tokens[:, None, :] >= 0) & (tokens[:, None, :] <= rows)
+            if plan.local_window is not None:
+                init, local = plan.local_window[self.head[group]].long()[..., None, None].unbind(1)
+                seen &= (tokens[:, None, :] < init) | (rows - tokens[:, None, :] < local)
+            part, part_lse = self._attend(group, tokens, seen)
+            # The share of the first part in the joint softmax; 0 where it has no keys.
+            share = torch.sigmoid(lse[group] - part_lse).nan_to_num(0.0).unsqueeze(-1)
+            out[group] = (part + (out[group] - part) * share).to(out.dtype)
+
+    def _attend(self, group: Tensor, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Attention of the group's queries over ``tokens [R, L]`` (-1: none), masked or not."""
+        index = (self.key_base[group, None] + tokens.clamp(min=0)).flatten()
+        shape = (len(group), 1, tokens.shape[1], -1)
+        k = self.keys.index_select(0, index).view(shape)
+        v = self.values.index_select(0, index).view(shape)
+        q = self.queries[group].unsqueeze(1)
+        bias = None
+        if mask is not None:
+            bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+            bias = bias.expand(-1, q.shape[2], -1).unsqueeze(1)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, False, attn_mask=bias, scale=self.scale
+        )
+        out, lse = out.squeeze(1), lse.squeeze(1).float()
+        if mask is not None:
+            empty = ~mask.any(-1).expand(-1, q.shape[2])
+            out.masked_fill_(empty.unsqueeze(-1), 0.0)
+            lse = lse.masked_fill(empty, float("-inf"))
+        return out, lse
+
+    def _lists(self, entries: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """One list per row, spread over sequences and heads: [rows, width] and [rows]."""
+        shape = (self.plan.batch_size, self.plan.num_heads, entries.shape[2])
+        return (
+            entries.expand(*shape, -1).reshape(-1, entries.shape[-1]).long(),
+            counts.expand(shape).reshape(-1).long(),
+        )
+
+    @staticmethod
+    def _tokens(starts: Tensor, counts: Tensor, tile: int) -> Tensor:
+        """Keys of the ranges [start, start + tile), [R, L] of the longest row; -1 pads others."""
+        width = int(counts.max())
+        members = starts[:, :width].unsqueeze(-1) + torch.arange(tile)
+        valid = torch.arange(width) < counts[:, None]
+        return torch.where(valid[..., None], members, -1).flatten(1)
+
+
+def _groups(counts: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Rows with the same number of keys, at most MAX_GATHERED_TOKENS keys together."""
+    lengths, order = counts.sort(stable=True)
+    values, sizes = lengths.unique_consecutive(return_counts=True)
+    for length, rows in zip(values.tolist(), order.split(sizes.tolist()), strict=True):
+        step = max(1, MAX_GATHERED_TOKENS // max(length, 1))
+        for group in rows.split(step):
+            yield group, length

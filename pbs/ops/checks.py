@@ -1,0 +1,59 @@
+"""Checks of what users pass to the ops and methods."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
+    """Refuse tensors that no attention can be computed on.
+
+    Raises:
+        ValueError: shapes or devices do not fit each other.
+        TypeError: dtypes differ or are not floating point.
+    """
+    named = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
+    for name, tensor in named.items():
+        if tensor.ndim != 4:
+            raise ValueError(
+                f"expected {name} [Z, H, N, D] with four dimensions, got shape "
+                f"{tuple(tensor.shape)}; transpose or unsqueeze it"
+            )
+        if 0 in tensor.shape:
+            raise ValueError(f"{name} is empty: got shape {tuple(tensor.shape)}")
+        if tensor.device != q.device:
+            raise ValueError(
+                f"q, k and v must lie on one device, got {name} on {tensor.device} and q on "
+                f"{q.device}"
+            )
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"expected {name} in fp32, bf16, fp16 or fp64, got {tensor.dtype}")
+        if tensor.dtype != q.dtype:
+            raise TypeError(
+                f"q, k and v must have one dtype, got {name} {tensor.dtype} and q {q.dtype}"
+            )
+        if tensor.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"q, k and v must have one batch size, got {name} with {tensor.shape[0]} and q "
+                f"with {q.shape[0]}"
+            )
+        if tensor.shape[3] != q.shape[3]:
+            raise ValueError(
+                f"q, k and v must have one head dim, got {name} with {tensor.shape[3]} and q with "
+                f"{q.shape[3]}"
+            )
+    if v is not None and v.shape != k.shape:
+        raise ValueError(f"expected v shaped like k {tuple(k.shape)}, got {tuple(v.shape)}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"the number of query heads must be a multiple of the key heads, got {q.shape[1]} and "
+            f"{k.shape[1]}"
+        )
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(
+            f"more queries than keys: got {q.shape[2]} and {k.shape[2]}; keys must include the "
+            "queries' own tokens"
+        )

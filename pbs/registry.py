@@ -1,0 +1,45 @@
+"""Names to classes, loaded when first asked for, with errors that help."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from importlib import import_module
+
+
+class Registry:
+    """A table of names whose entries are ``"module:Class"``, imported on use.
+
+    Args:
+        kind: what the entries are, for error messages ("method").
+        entries: name to ``"module:Class"``.
+    """
+
+    def __init__(self, kind: str, entries: dict[str, str]) -> None:
+        self.kind = kind
+        self._entries = entries
+
+    @property
+    def names(self) -> list[str]:
+        """Valid names, sorted."""
+        return sorted(self._entries)
+
+    def load(self, name: str) -> type:
+        """The class of this name.
+
+        Raises:
+            ValueError: unknown name; the message lists the valid ones and the nearest.
+        """
+        if name not in self._entries:
+            raise ValueError(unknown(self.kind, name, self.names))
+        module, _, attribute = self._entries[name].partition(":")
+        loaded: type = getattr(import_module(module), attribute)
+        return loaded
+
+
+def unknown(kind: str, name: object, valid: Iterable[str]) -> str:
+    """An error text for a wrong name: the valid ones, and the nearest if one is near."""
+    valid = sorted(valid)
+    near = difflib.get_close_matches(str(name), valid, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown {kind} {name!r}.{hint} Valid: {', '.join(valid)}"
