@@ -40,6 +40,6 @@ class Registry:
 def unknown(kind: str, name: object, valid: Iterable[str]) -> str:
     """An error text for a wrong name: the valid ones, and the nearest if one is near."""
     valid = sorted(valid)
-    near = difflib.get_close_matches(str(name), valid, n=1)
+    near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"unknown {kind} {name!r}.{hint} Valid: {', '.join(valid)}"

@@ -15,6 +15,7 @@ from pbs.methods.checks import (
     check_threshold,
 )
 from pbs.ops.checks import check_attention_inputs
+from pbs.ops.gather import gather_keys
 from pbs.ops.grid import BlockGrid
 from pbs.ops.plan import AttentionPlan
 from pbs.orders import ORDERS
@@ -93,15 +94,19 @@ class PBS(AttentionMethod):
             shared=self.gqa == "shared",
         )
         candidates = grid.past_tiles(q.device, segment_size=self.segment_size)
-        ordered = k if order is None else gather_keys(k, order)
+        ordered = None if order is None else gather_keys(k, order)
         probabilities = self._selector.block_probabilities(
-            q, ordered, scale=scale, grid=grid, candidates=candidates
+            q,
+            k if ordered is None else ordered,
+            scale=scale,
+            grid=grid,
+            candidates=candidates,
         )
         mask = select_top_p(probabilities, threshold=self.threshold, candidates=candidates)
         if self.force_select_first_block:
             mask = mask | self._sink_block(order, grid, q)
         return AttentionPlan.from_block_mask(
-            mask, grid, segment_size=self.segment_size, order=order
+            mask, grid, segment_size=self.segment_size, order=order, ordered_keys=ordered
         )
 
     def _sink_block(self, order: Tensor | None, grid: BlockGrid, q: Tensor) -> Tensor:
@@ -112,10 +117,3 @@ class PBS(AttentionMethod):
         block = (order == 0).int().argmax(dim=-1) // self.block_size
         block = block.repeat_interleave(q.shape[1] // block.shape[1], dim=1)
         return tiles == block[..., None, None]
-
-
-def gather_keys(x: Tensor, order: Tensor) -> Tensor:
-    """Keys or values ``[Z, Hkv, Nk, D]`` in the order ``[Z, Ho, Nk]``: ``[Z, Ho, Nk, D]``."""
-    groups = order.shape[1] // x.shape[1]
-    repeated = x.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) if groups > 1 else x
-    return repeated.gather(2, order.unsqueeze(-1).expand(-1, -1, -1, x.shape[3]))

@@ -38,6 +38,8 @@ class AttentionPlan:
         num_columns: valid entries of ``columns``, int ``[Z, Hq, Tq]``.
         order: original position of the key at each place, int64 ``[Z, Ho, Nk]`` (Ho is Hq or Hkv);
             None when no key moves.
+        ordered_keys: k in plan order, ``[Z, Ho, Nk, D]``, if the method has gathered it already for
+            its block scores; a kernel may use it instead of gathering again.
         query_order: original row of the query at each place, int64 ``[Z, Hq, Nq]``; None when no
             query moves. Tiles then consist of queries in this order.
         local_window: token rule of A-shape heads, int ``[Hq, 2]``: inside windows a query at
@@ -56,6 +58,7 @@ class AttentionPlan:
     columns: Tensor | None = None
     num_columns: Tensor | None = None
     order: Tensor | None = None
+    ordered_keys: Tensor | None = None
     query_order: Tensor | None = None
     local_window: Tensor | None = None
     is_dense: bool = False
@@ -74,6 +77,7 @@ class AttentionPlan:
         *,
         segment_size: int = 0,
         order: Tensor | None = None,
+        ordered_keys: Tensor | None = None,
         query_order: Tensor | None = None,
     ) -> AttentionPlan:
         """Build a plan from the selected tiles; what lies on the diagonal is added.
@@ -86,6 +90,7 @@ class AttentionPlan:
                 its own segment's keys up to its last row, in natural order. 0: only the tiles its
                 own positions touch.
             order: see the class.
+            ordered_keys: see the class.
             query_order: see the class.
 
         Raises:
@@ -109,6 +114,7 @@ class AttentionPlan:
             windows,
             num_windows,
             order=order,
+            ordered_keys=ordered_keys,
             query_order=query_order,
         )
 

@@ -151,8 +151,8 @@ class _Rows:
         """One list per row, spread over sequences and heads: [rows, width] and [rows]."""
         shape = (self.plan.batch_size, self.plan.num_heads, entries.shape[2])
         return (
-            entries.expand(*shape, -1).reshape(-1, entries.shape[-1]).long(),
-            counts.expand(shape).reshape(-1).long(),
+            entries.expand(*shape, -1).flatten(0, 2).long(),
+            counts.expand(shape).flatten().long(),
         )
 
     @staticmethod

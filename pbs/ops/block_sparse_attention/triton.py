@@ -1,0 +1,322 @@
+"""Triton kernel for NVIDIA GPUs; runs on a CPU in Triton's interpreter, for tests.
+
+Legend: see :mod:`pbs.ops.grid`. In the kernel: M query rows, N keys, D head dim (padded to a power
+of two).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pbs.ops.gather import gather_keys
+from pbs.ops.plan import AttentionPlan
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _offset(strides, batch, head):
+    """First element of a (sequence, head) pair; int64, since N times a stride can pass 2^31."""
+    return batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+
+
+@triton.jit
+def _load_rows(base, rows, stride, keep, dims, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr):
+    """Rows of a [N, D] matrix; with EVEN every row and dim exists."""
+    pointers = base + rows.to(tl.int64)[:, None] * stride + dims[None, :]
+    if EVEN:
+        return tl.load(pointers)  # [rows, D]
+    return tl.load(pointers, mask=keep[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _online_softmax(acc, row_max, row_sum, q, k, v, seen, scale_log2, MASKED: tl.constexpr):
+    """Fold one tile of keys into the running softmax; ``seen`` is read only if MASKED."""
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [M, N]
+    if MASKED:
+        logits = tl.where(seen, logits, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(logits, 1))
+    reference = new_max
+    if MASKED:
+        # A row that has seen no key yet has maximum -inf; -inf - -inf would be NaN.
+        reference = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp2(logits - reference[:, None])  # [M, N]
+    decay = tl.exp2(row_max - reference)
+    row_sum = row_sum * decay + tl.sum(weights, 1)
+    acc = acc * decay[:, None]
+    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")  # [M, D]
+    return acc, new_max, row_sum
+
+
+@triton.jit
+def block_sparse_attention_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    ordered_k_ptr,
+    ordered_v_ptr,
+    out_ptr,
+    blocks_ptr,
+    num_blocks_ptr,
+    windows_ptr,
+    num_windows_ptr,
+    columns_ptr,
+    num_columns_ptr,
+    query_order_ptr,
+    local_window_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    ordered_k_strides,
+    ordered_v_strides,
+    out_strides,
+    blocks_strides,
+    num_blocks_strides,
+    windows_strides,
+    num_windows_strides,
+    columns_strides,
+    num_columns_strides,
+    query_order_strides,
+    scale_log2,
+    num_heads,
+    num_queries,
+    num_keys,
+    KV_GROUP: tl.constexpr,
+    ORDER_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    QUERY_TILE: tl.constexpr,
+    KEY_TILE: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr,
+    HAS_QUERY_ORDER: tl.constexpr,
+    HAS_LOCAL_WINDOW: tl.constexpr,
+):
+    """One program: BLOCK_M rows of one query tile of one head, over all keys the plan names."""
+    # Later query tiles see more keys: start the longest programs first.
+    part = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch = tl.program_id(1) // num_heads
+    head = tl.program_id(1) % num_heads
+    tile = part * BLOCK_M // QUERY_TILE
+    rows = part * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
+    real = rows < num_queries
+    dims = tl.arange(0, BLOCK_D)  # [D]
+    keys = tl.arange(0, BLOCK_N)  # [N]
+
+    source = rows
+    if HAS_QUERY_ORDER:
+        pointers = query_order_ptr + _offset(query_order_strides, batch, head) + rows
+        source = tl.load(pointers, mask=real, other=0).to(tl.int32)
+    positions = tl.where(real, source + num_keys - num_queries, -1)
+
+    q_base = q_ptr + _offset(q_strides, batch, head)
+    q = _load_rows(q_base, source, q_strides[2], real, dims, HEAD_DIM, False)  # [M, D]
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+
+    # 1. Key tiles that every row sees, in plan order: no mask. They are whole, so all keys exist.
+    lists = blocks_ptr + _offset(blocks_strides, batch, head) + tile * blocks_strides[2]
+    count = tl.load(
+        num_blocks_ptr + _offset(num_blocks_strides, batch, head) + tile * num_blocks_strides[2]
+    )
+    k_base = ordered_k_ptr + _offset(ordered_k_strides, batch, head // ORDER_GROUP)
+    v_base = ordered_v_ptr + _offset(ordered_v_strides, batch, head // ORDER_GROUP)
+    PARTS: tl.constexpr = KEY_TILE // BLOCK_N
+    EVEN_D: tl.constexpr = HEAD_DIM == BLOCK_D
+    for step in range(count * PARTS):
+        start = tl.load(lists + step // PARTS) * KEY_TILE + step % PARTS * BLOCK_N
+        exists = keys < BLOCK_N
+        k = _load_rows(k_base, start + keys, ordered_k_strides[2], exists, dims, HEAD_DIM, EVEN_D)
+        v = _load_rows(v_base, start + keys, ordered_v_strides[2], exists, dims, HEAD_DIM, EVEN_D)
+        acc, row_max, row_sum = _online_softmax(
+            acc, row_max, row_sum, q, k, v, exists[None, :], scale_log2, False
+        )
+
+    k_base = k_ptr + _offset(k_strides, batch, head // KV_GROUP)
+    v_base = v_ptr + _offset(v_strides, batch, head // KV_GROUP)
+    # 2. Single columns in natural order, gathered BLOCK_N at a time.
+    if HAS_COLUMNS:
+        lists = columns_ptr + _offset(columns_strides, batch, head) + tile * columns_strides[2]
+        count = tl.load(
+            num_columns_ptr
+            + _offset(num_columns_strides, batch, head)
+            + tile * num_columns_strides[2]
+        )
+        for step in range(0, count, BLOCK_N):
+            exists = step + keys < count
+            column = tl.load(lists + step + keys, mask=exists, other=0)
+            k = _load_rows(k_base, column, k_strides[2], exists, dims, HEAD_DIM, False)
+            v = _load_rows(v_base, column, v_strides[2], exists, dims, HEAD_DIM, False)
+            acc, row_max, row_sum = _online_softmax(
+                acc, row_max, row_sum, q, k, v, exists[None, :], scale_log2, True
+            )
+
+    # 3. Windows in natural order, with the causal mask per token.
+    if HAS_LOCAL_WINDOW:
+        num_init = tl.load(local_window_ptr + head * 2)
+        num_local = tl.load(local_window_ptr + head * 2 + 1)
+    lists = windows_ptr + _offset(windows_strides, batch, head) + tile * windows_strides[2]
+    count = tl.load(
+        num_windows_ptr + _offset(num_windows_strides, batch, head) + tile * num_windows_strides[2]
+    )
+    for step in range(count * PARTS):
+        key = tl.load(lists + step // PARTS) + step % PARTS * BLOCK_N + keys
+        exists = key < num_keys
+        k = _load_rows(k_base, key, k_strides[2], exists, dims, HEAD_DIM, False)
+        v = _load_rows(v_base, key, v_strides[2], exists, dims, HEAD_DIM, False)
+        seen = key[None, :] <= positions[:, None]
+        if HAS_LOCAL_WINDOW:
+            near = positions[:, None] - key[None, :] < num_local
+            seen = seen & ((key < num_init)[None, :] | near)
+        acc, row_max, row_sum = _online_softmax(
+            acc, row_max, row_sum, q, k, v, seen, scale_log2, True
+        )
+
+    # A query without keys has sum 0 and accumulator 0: its output is 0.
+    out = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]  # [M, D]
+    out_base = out_ptr + _offset(out_strides, batch, head)
+    pointers = out_base + source.to(tl.int64)[:, None] * out_strides[2] + dims[None, :]
+    keep = real[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+class LaunchOptions(NamedTuple):
+    """Tile sizes and launch options of one compiled kernel."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def launch_options(*, head_dim: int, query_tile: int, key_tile: int) -> LaunchOptions:
+    """Tile sizes that fit registers and shared memory of sm_80 and newer.
+
+    A head dim above 128 doubles the accumulator, so the tile is halved to stay within 255 registers
+    a thread; 64 keys per step let three stages of K and V fit into 164 KB (sm_80).
+    """
+    block_m = min(query_tile, 128 if head_dim <= 128 else 64)
+    block_n = min(key_tile, 64)
+    num_warps = 8 if block_m == 128 else 4
+    return LaunchOptions(block_m, block_n, num_warps, num_stages=3 if head_dim <= 128 else 2)
+
+
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float
+) -> Tensor:
+    """See :func:`pbs.ops.block_sparse_attention.api.block_sparse_attention`."""
+    if not q.is_cuda:
+        _check_interpreter(q)
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    ordered_k, ordered_v = k, v
+    if plan.order is not None:
+        ordered_k = gather_keys(k, plan.order) if plan.ordered_keys is None else plan.ordered_keys
+        ordered_v = gather_keys(v, plan.order)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lists = _PlanPointers.of(plan)
+    grid_tiles = plan.grid
+    batch, num_heads, num_queries, head_dim = q.shape
+    options = launch_options(
+        head_dim=head_dim, query_tile=grid_tiles.query_tile, key_tile=grid_tiles.key_tile
+    )
+    programs = (triton.cdiv(num_queries, options.block_m), batch * num_heads)
+    block_sparse_attention_fwd_kernel[programs](
+        q,
+        k,
+        v,
+        ordered_k,
+        ordered_v,
+        out,
+        lists.blocks,
+        lists.num_blocks,
+        lists.windows,
+        lists.num_windows,
+        lists.columns,
+        lists.num_columns,
+        lists.query_order,
+        lists.local_window,
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        ordered_k.stride(),
+        ordered_v.stride(),
+        out.stride(),
+        lists.blocks.stride(),
+        lists.num_blocks.stride(),
+        lists.windows.stride(),
+        lists.num_windows.stride(),
+        lists.columns.stride(),
+        lists.num_columns.stride(),
+        lists.query_order.stride(),
+        scale * LOG2_E,
+        num_heads,
+        num_queries,
+        k.shape[2],
+        KV_GROUP=num_heads // k.shape[1],
+        ORDER_GROUP=num_heads // ordered_k.shape[1],
+        HEAD_DIM=head_dim,
+        BLOCK_D=triton.next_power_of_2(max(head_dim, 16)),
+        BLOCK_M=options.block_m,
+        BLOCK_N=options.block_n,
+        QUERY_TILE=grid_tiles.query_tile,
+        KEY_TILE=grid_tiles.key_tile,
+        HAS_COLUMNS=plan.columns is not None,
+        HAS_QUERY_ORDER=plan.query_order is not None,
+        HAS_LOCAL_WINDOW=plan.local_window is not None,
+        num_warps=options.num_warps,
+        num_stages=options.num_stages,
+    )
+    return out
+
+
+def _check_interpreter(q: Tensor) -> None:
+    if not triton.knobs.runtime.interpret:
+        raise NotImplementedError(
+            f"backend 'triton' got tensors on {q.device}; it needs a CUDA device, or "
+            "TRITON_INTERPRET=1 set before this module is imported (slow, for tests). Use "
+            "backend='auto' or 'cpu'"
+        )
+    if q.dtype == torch.bfloat16:
+        raise NotImplementedError(
+            "Triton's interpreter multiplies the bit patterns of bf16; use fp32 or fp16 there"
+        )
+
+
+class _PlanPointers(NamedTuple):
+    """The plan's tensors, spread over sequences and heads (stride 0); unused ones are stand-ins."""
+
+    blocks: Tensor
+    num_blocks: Tensor
+    windows: Tensor
+    num_windows: Tensor
+    columns: Tensor
+    num_columns: Tensor
+    query_order: Tensor
+    local_window: Tensor
+
+    @classmethod
+    def of(cls, plan: AttentionPlan) -> _PlanPointers:
+        shape = (plan.batch_size, plan.num_heads)
+        blocks = plan.blocks.expand(*shape, -1, -1)
+        num_blocks = plan.num_blocks.expand(*shape, -1)
+        columns, num_columns = blocks, num_blocks
+        if plan.columns is not None and plan.num_columns is not None:
+            columns = plan.columns.expand(*shape, -1, -1)
+            num_columns = plan.num_columns.expand(*shape, -1)
+        return cls(
+            blocks,
+            num_blocks,
+            plan.windows.expand(*shape, -1, -1),
+            plan.num_windows.expand(*shape, -1),
+            columns,
+            num_columns,
+            num_blocks if plan.query_order is None else plan.query_order,
+            num_blocks if plan.local_window is None else plan.local_window,
+        )

@@ -1,0 +1,61 @@
+"""The outputs recorded from the original implementation (``shared/oracle``, see its README)."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pbs import build_method
+
+DEFAULT = Path(__file__).resolve().parents[3] / "shared" / "oracle"
+ORACLE = Path(os.environ.get("PBS_ORACLE_DIR", DEFAULT))
+
+pytestmark = pytest.mark.skipif(
+    not ORACLE.is_dir(), reason=f"no recorded oracles in {ORACLE}; set PBS_ORACLE_DIR"
+)
+
+
+def load(name):
+    with np.load(ORACLE / f"{name}.npz") as arrays:
+        return {
+            key: torch.from_numpy(value) if value.ndim else value.item()
+            for key, value in arrays.items()
+        }
+
+
+def method_of(recorded, **changes):
+    params = {key: recorded[key] for key in ("block_size", "segment_size", "threshold")}
+    return build_method("pbs", **{**params, **changes})
+
+
+@pytest.mark.parametrize("name", ["pbs_a", "pbs_b", "pbs_c", "pbs_d", "pbs_e"])
+def test_output_equals_the_original(name):
+    recorded = load(name)
+    method = method_of(recorded, pad_mean="reference")
+    out = method(recorded["q"], recorded["k"], recorded["v"])
+    torch.testing.assert_close(out, recorded["out"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pbs_a", "pbs_b", "pbs_c", "pbs_d"])
+def test_key_order_and_tiles_equal_the_original(name):
+    recorded = load(name)
+    plan = method_of(recorded, pad_mean="reference").plan(recorded["q"], recorded["k"])
+    assert torch.equal(plan.key_order(), recorded["key_indices"])
+    causal = torch.ones_like(recorded["block_mask"][0, 0]).tril()
+    assert torch.equal(plan.block_mask(), recorded["block_mask"] & causal)
+    assert plan.density().mean().item() == pytest.approx(recorded["density"], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["pbs_a", "pbs_b", "pbs_c", "pbs_d"])
+def test_mean_over_real_tokens_changes_the_last_partial_row_only(name):
+    recorded = load(name)
+    plan = method_of(recorded).plan(recorded["q"], recorded["k"])
+    whole = recorded["q"].shape[2] // recorded["block_size"]
+    causal = torch.ones_like(recorded["block_mask"][0, 0]).tril()
+    expected = recorded["block_mask"] & causal
+    assert torch.equal(plan.block_mask()[:, :, :whole], expected[:, :, :whole])
+    out = method_of(recorded)(recorded["q"], recorded["k"], recorded["v"])
+    rows = whole * recorded["block_size"]
+    torch.testing.assert_close(out[:, :, :rows], recorded["out"][:, :, :rows], rtol=0, atol=1e-5)

@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from pbs.ops.dense import CHUNK_ROWS, dense_attention
+from pbs.testing import assert_within_budget, make_qkv
+from tests.ops.attention_truth import causal_mask, eager_attention, exact_attention
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys"), [(1, 1), (1, 9), (700, 700), (CHUNK_ROWS + 5, 900)]
+)
+def test_dense_attention_is_aligned_bottom_right(num_queries, num_keys, dtype):
+    q, k, v = make_qkv(2, 4, 2, num_keys, 32, num_queries=num_queries, dtype=dtype)
+    mask = causal_mask(num_queries, num_keys)
+    out = dense_attention(q, k, v, scale=0.2)
+    assert_within_budget(
+        out, eager_attention(q, k, v, mask, 0.2), exact_attention(q, k, v, mask, 0.2)
+    )
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("window", [None, 1, 100, 5000])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_options_of_special_layers_match_their_formulas(softcap, window, has_sinks):
+    q, k, v = (x.double() for x in make_qkv(1, 4, 2, 650, 16, num_queries=600))
+    sinks = torch.randn(4, dtype=torch.float64) if has_sinks else None
+    out = dense_attention(q, k, v, scale=0.3, sliding_window=window, softcap=softcap, sinks=sinks)
+
+    logits = q @ k.repeat_interleave(2, 1).transpose(-1, -2) * 0.3
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    mask = causal_mask(600, 650)
+    if window:
+        distance = (torch.arange(600)[:, None] + 50) - torch.arange(650)
+        mask &= distance < window
+    weights = logits.masked_fill(~mask, float("-inf")).exp()
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + sinks.exp()[None, :, None, None]
+    expected = weights / total @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
