@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 # Query rows per chunk where a mask must be written out: 512 x 128K booleans are 64 MB.
@@ -51,6 +50,9 @@ def dense_attention(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=True
             )
         if q.is_cuda:
+            # Imported here: it loads torch's compiler, which `import pbs` must not.
+            from torch.nn.attention.bias import causal_lower_right
+
             bias = causal_lower_right(num_queries, num_keys)
             return scaled_dot_product_attention(
                 q, k, v, attn_mask=bias, scale=scale, enable_gqa=True
@@ -141,7 +143,7 @@ def _softcapped(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Eager attention in fp32 with the options SDPA does not have; mask bool ``[.., .., M, Nk]``."""
+    """Eager fp32 attention with the options SDPA lacks; mask bool ``[.., .., M, Nk]``."""
     heads = (k.shape[1], q.shape[1] // k.shape[1])
     # [Z, Hkv, G, M, D] x [Z, Hkv, 1, D, Nk]: keys and values are not repeated.
     logits = q.unflatten(1, heads).float() @ k.unsqueeze(2).float().transpose(-1, -2) * scale

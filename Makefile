@@ -1,0 +1,46 @@
+# Every target is one line; the logic lives in Python. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-gpu check format lint type clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# What running needs, and what checking needs on top: stamps, so that each installs once.
+$(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e . && touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[eval,launchers,notebooks,dev]' && touch $@ $(VENV)/.core
+
+setup: $(VENV)/.dev ## Make .venv with everything the checks need
+
+demo: $(VENV)/.core ## Compare PBS, mean pooling and dense attention on the embedded model
+	$(BIN)/python run.py -m method=flash,meanpool,pbs bench=needle model=tiny
+
+test: $(VENV)/.dev ## Run the tests (CPU)
+	$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/.dev ## Run the tests that need a CUDA device
+	PBS_TESTS=gpu $(BIN)/python -m pytest -m gpu -n 0
+
+check: lint type test ## Everything CI runs
+
+format: $(VENV)/.dev ## Format the code
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+lint: $(VENV)/.dev ## Check format and style
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+
+type: $(VENV)/.dev ## Check the types of the library
+	$(BIN)/mypy
+
+clean: ## Remove .venv and caches, keep outputs
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info
