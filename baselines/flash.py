@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pbs.methods.base import AttentionMethod
-from pbs.ops.checks import check_attention_inputs
 from pbs.ops.grid import BlockGrid
+from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pbs.checks import check_block_size, check_choice, check_threshold
 from pbs.methods.base import AttentionMethod
-from pbs.methods.checks import check_block_size, check_choice, check_threshold
-from pbs.ops.checks import check_attention_inputs
 from pbs.ops.grid import BlockGrid
+from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
 from pbs.selectors import select_top_p
 from pbs.selectors.meanpool import MeanPoolSelector

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import fields
 from importlib import import_module
 
 
@@ -36,10 +37,24 @@ class Registry:
         loaded: type = getattr(import_module(module), attribute)
         return loaded
 
+    def build(self, name: str, params: dict[str, object]) -> object:
+        """An instance of the class of this name, a dataclass, with these fields.
+
+        Raises:
+            ValueError: unknown name or parameter; the message names the nearest valid one.
+        """
+        loaded = self.load(name)
+        valid = [field.name for field in fields(loaded) if field.init]
+        for param in params:
+            if param not in valid:
+                raise ValueError(unknown(f"parameter of {self.kind} {name!r}:", param, valid))
+        built: object = loaded(**params)
+        return built
+
 
 def unknown(kind: str, name: object, valid: Iterable[str]) -> str:
     """An error text for a wrong name: the valid ones, and the nearest if one is near."""
     valid = sorted(valid)
     near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"unknown {kind} {name!r}.{hint} Valid: {', '.join(valid)}"
+    return f"unknown {kind} {name!r}.{hint} Valid: {', '.join(valid) or 'none'}"

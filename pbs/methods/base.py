@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
 from pbs.ops.block_sparse_attention import Backend, block_sparse_attention
-from pbs.ops.checks import check_attention_inputs
 from pbs.ops.dense import dense_attention
 from pbs.ops.grid import Geometry
+from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
 
 
@@ -77,6 +77,18 @@ class AttentionMethod(ABC):
         Raises:
             ValueError: shapes do not fit.
         """
+
+    def densest(self) -> AttentionMethod | None:
+        """This method at its most permissive setting, where it must equal dense attention.
+
+        Methods with a ``threshold`` get it set to 1; others override this.
+
+        Returns:
+            A new method without a recorder; None if no setting equals dense attention.
+        """
+        if not any(parameter.name == "threshold" for parameter in fields(self)):
+            return None
+        return replace(self, threshold=1.0)  # type: ignore[call-arg]
 
     def __call__(
         self,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from pbs.methods.base import AttentionMethod
-from pbs.registry import Registry, unknown
+from pbs.registry import Registry
 
 # One line per method. Classes are imported when asked for: `pbs` does not depend on `baselines`.
 METHODS = Registry(
@@ -33,10 +31,6 @@ def build_method(name: str, **params: object) -> AttentionMethod:
             outside its range.
         TypeError: a value of the wrong type.
     """
-    method_class = METHODS.load(name)
-    valid = [field.name for field in fields(method_class) if field.init]
-    for param in params:
-        if param not in valid:
-            raise ValueError(unknown(f"parameter of method {name!r}:", param, valid))
-    method: AttentionMethod = method_class(**params)
+    method = METHODS.build(name, params)
+    assert isinstance(method, AttentionMethod)
     return method

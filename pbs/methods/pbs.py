@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pbs.methods.base import AttentionMethod
-from pbs.methods.checks import (
+from pbs.checks import (
     check_block_size,
     check_choice,
     check_segment_size,
     check_threshold,
 )
-from pbs.ops.checks import check_attention_inputs
+from pbs.methods.base import AttentionMethod
 from pbs.ops.gather import gather_keys
 from pbs.ops.grid import BlockGrid
+from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
-from pbs.orders import ORDERS
-from pbs.selectors import SELECTORS, select_top_p
+from pbs.orders import build_order
+from pbs.selectors import build_selector, select_top_p
 
 
 @dataclass(kw_only=True)
@@ -40,8 +41,10 @@ class PBS(AttentionMethod):
         gqa: "per_query_head" (the paper's default) or "shared": one order per key/value head, from
             the queries averaged over the group, a Hkv/Hq-th of the memory.
         force_select_first_block: always compute the block that holds token 0, the attention sink.
-        pad_mean: mean of a partial last query block over its "real" tokens, or zero-padded as in
-            the original code ("reference").
+        pad_mean: for pooling selectors: mean of a partial last query block over its "real" tokens,
+            or zero-padded as in the original code ("reference").
+        order_params: fields of the order's class, for orders that have any.
+        selector_params: fields of the selector's class, for selectors that have any.
 
     Source: arXiv 2510.21270 (v2), Algorithms 1 and 2.
     """
@@ -54,6 +57,8 @@ class PBS(AttentionMethod):
     gqa: str = "per_query_head"
     force_select_first_block: bool = True
     pad_mean: str = "real"
+    order_params: dict[str, Any] = field(default_factory=dict)
+    selector_params: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,8 +67,11 @@ class PBS(AttentionMethod):
         check_threshold(self.threshold)
         check_choice(self.gqa, ("per_query_head", "shared"), name="gqa")
         check_choice(self.pad_mean, ("real", "reference"), name="pad_mean")
-        self._order = ORDERS.load(self.order)()
-        self._selector = SELECTORS.load(self.selector)(pad_mean=self.pad_mean)
+        self._order = build_order(self.order, self.order_params)
+        params = dict(self.selector_params)
+        if self.selector == "meanpool":
+            params.setdefault("pad_mean", self.pad_mean)
+        self._selector = build_selector(self.selector, params)
 
     def plan(
         self,

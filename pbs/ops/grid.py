@@ -49,23 +49,38 @@ class BlockGrid:
         """Tk."""
         return -(-self.num_keys // self.key_tile)
 
-    def first_positions(self, device: torch.device | str = "cpu") -> Tensor:
-        """Position of each query tile's first row, int64 ``[Tq]``."""
-        tiles = torch.arange(self.num_query_tiles, device=device)
-        return tiles * self.query_tile + self.offset
+    def first_positions(
+        self, device: torch.device | str = "cpu", *, query_segment: int = 0
+    ) -> Tensor:
+        """Position of each query tile's earliest row, int64 ``[Tq]``.
 
-    def last_positions(self, device: torch.device | str = "cpu") -> Tensor:
-        """Position of each query tile's last real row, int64 ``[Tq]``."""
-        last = self.first_positions(device) + self.query_tile - 1
-        return last.clamp(max=self.num_keys - 1)
+        With ``query_segment`` (a multiple of the query tile): rows may be reordered inside chunks
+        of that many, so that the chunk's first row may be in any of its tiles.
+        """
+        unit = query_segment or self.query_tile
+        rows = torch.arange(self.num_query_tiles, device=device) * self.query_tile
+        return rows // unit * unit + self.offset
 
-    def past_tiles(self, device: torch.device | str = "cpu", *, segment_size: int = 0) -> Tensor:
+    def last_positions(
+        self, device: torch.device | str = "cpu", *, query_segment: int = 0
+    ) -> Tensor:
+        """Position of each query tile's latest real row, int64 ``[Tq]``."""
+        last = self.first_positions(device, query_segment=query_segment)
+        return (last + (query_segment or self.query_tile) - 1).clamp(max=self.num_keys - 1)
+
+    def past_tiles(
+        self,
+        device: torch.device | str = "cpu",
+        *,
+        segment_size: int = 0,
+        query_segment: int = 0,
+    ) -> Tensor:
         """Key tiles that every row of a query tile sees whole, bool ``[Tq, Tk]``.
 
         With ``segment_size`` (a multiple of the key tile): only tiles in segments that end before
         the segment of the query tile's first row, the ones whose keys may have been reordered.
         """
-        first = self.first_positions(device)
+        first = self.first_positions(device, query_segment=query_segment)
         if segment_size:
             first = first // segment_size * segment_size
         key_ends = (torch.arange(self.num_key_tiles, device=device) + 1) * self.key_tile

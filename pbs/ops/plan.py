@@ -91,7 +91,7 @@ class AttentionPlan:
                 own positions touch.
             order: see the class.
             ordered_keys: see the class.
-            query_order: see the class.
+            query_order: see the class; queries then move inside chunks of ``segment_size`` rows.
 
         Raises:
             ValueError: shapes do not fit the grid.
@@ -102,9 +102,10 @@ class AttentionPlan:
                 f"expected a block mask [Z, Hq, {expected[0]}, {expected[1]}], got "
                 f"{tuple(mask.shape)}"
             )
-        past = grid.past_tiles(mask.device, segment_size=segment_size)
-        blocks, num_blocks = compact(mask & past)
-        windows, num_windows = own_windows(grid, mask.device, segment_size=segment_size)
+        query_segment = 0 if query_order is None else segment_size
+        units = {"segment_size": segment_size, "query_segment": query_segment}
+        blocks, num_blocks = compact(mask & grid.past_tiles(mask.device, **units))
+        windows, num_windows = own_windows(grid, mask.device, **units)
         return cls(
             grid,
             mask.shape[0],
@@ -365,7 +366,11 @@ def compact(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def own_windows(
-    grid: BlockGrid, device: torch.device | str, *, segment_size: int = 0
+    grid: BlockGrid,
+    device: torch.device | str,
+    *,
+    segment_size: int = 0,
+    query_segment: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Windows over the keys around the diagonal: of the tiles a query tile touches, or its segment.
 
@@ -373,8 +378,9 @@ def own_windows(
         First keys, int32 ``[1, 1, Tq, W]``, and counts, int32 ``[1, 1, Tq]``.
     """
     unit = segment_size or grid.key_tile
-    first_tile = grid.first_positions(device) // unit * unit // grid.key_tile
-    last_tile = grid.last_positions(device) // grid.key_tile
+    first = grid.first_positions(device, query_segment=query_segment)
+    first_tile = first // unit * unit // grid.key_tile
+    last_tile = grid.last_positions(device, query_segment=query_segment) // grid.key_tile
     counts = (last_tile - first_tile + 1).int()
     width = int(counts.max())
     tiles = first_tile[:, None] + torch.arange(width, device=device)

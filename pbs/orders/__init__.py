@@ -11,4 +11,12 @@ ORDERS = Registry(
     },
 )
 
-__all__ = ["ORDERS", "Order"]
+
+def build_order(name: str, params: dict[str, object]) -> Order:
+    """Make an order by name; an unknown name or parameter raises ValueError, with the valid ones."""
+    order = ORDERS.build(name, params)
+    assert isinstance(order, Order)
+    return order
+
+
+__all__ = ["ORDERS", "Order", "build_order"]

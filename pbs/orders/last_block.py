@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from pbs.orders.base import ImportanceOrder
 
 
+@dataclass(kw_only=True)
 class LastBlockOrder(ImportanceOrder):
     """Importance by the last B queries (arXiv 2510.21270, section 3.2)."""
 

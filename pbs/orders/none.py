@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from pbs.orders.base import Order
 
 
+@dataclass(kw_only=True)
 class NaturalOrder(Order):
     """Keys stay where they are."""
 

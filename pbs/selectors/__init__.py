@@ -11,4 +11,12 @@ SELECTORS = Registry(
     },
 )
 
-__all__ = ["SELECTORS", "Selector", "select_top_p"]
+
+def build_selector(name: str, params: dict[str, object]) -> Selector:
+    """Make a selector by name; an unknown name or parameter raises ValueError, with the valid ones."""
+    selector = SELECTORS.build(name, params)
+    assert isinstance(selector, Selector)
+    return selector
+
+
+__all__ = ["SELECTORS", "Selector", "build_selector", "select_top_p"]

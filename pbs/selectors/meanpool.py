@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from pbs.checks import check_choice
 from pbs.ops.grid import BlockGrid
 from pbs.selectors.base import Selector
 
 
+@dataclass(kw_only=True)
 class MeanPoolSelector(Selector):
     """softmax(q̄ k̄ᵀ scale) over the candidates, q̄ and k̄ the means of the blocks.
 
@@ -19,8 +23,10 @@ class MeanPoolSelector(Selector):
     Source: arXiv 2510.21270, section 3.3 and Algorithm 2.
     """
 
-    def __init__(self, pad_mean: str = "real") -> None:
-        self.pad_mean = pad_mean
+    pad_mean: str = "real"
+
+    def __post_init__(self) -> None:
+        check_choice(self.pad_mean, ("real", "reference"), name="pad_mean")
 
     def block_probabilities(
         self, q: Tensor, k: Tensor, *, scale: float, grid: BlockGrid, candidates: Tensor

@@ -64,8 +64,8 @@ def assert_within_budget(
         budget = factor * reference_error + band
         if error > budget:
             failures.append(
-                f"{name} error {error:.3e} exceeds {budget:.3e} = {factor:g} x {reference_error:.3e} "
-                f"(error of the {actual.dtype} reference) + {band:.3e}"
+                f"{name} error {error:.3e} exceeds {budget:.3e} = {factor:g} x "
+                f"{reference_error:.3e} (error of the {actual.dtype} reference) + {band:.3e}"
             )
     if failures:
         worst = int((tested - exact).abs().argmax())

@@ -7,7 +7,7 @@ from importlib import import_module
 
 from torch import Tensor
 
-from pbs.ops.checks import check_attention_inputs
+from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
 
 

@@ -1,4 +1,4 @@
-"""Checks of the parameters that several methods share."""
+"""Checks of parameters that several methods, orders and selectors share."""
 
 from __future__ import annotations
 
