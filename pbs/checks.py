@@ -40,6 +40,13 @@ def check_choice(value: str, valid: Iterable[str], *, name: str) -> None:
         raise ValueError(unknown(name, value, valid))
 
 
+def check_positive_int(value: int, *, name: str) -> None:
+    """An integer of at least 1."""
+    _check_int(value, name)
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def _check_int(value: int, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")

@@ -12,6 +12,10 @@ METHODS = Registry(
         "flash": "baselines.flash:FlashAttention",
         "meanpool": "baselines.meanpool:MeanPooling",
         "pbs": "pbs.methods.pbs:PBS",
+        "pbs_plus": "pbs.methods.pbs_plus:PBSPlus",
+        "xattention": "baselines.xattention:XAttention",
+        "flexprefill": "baselines.flexprefill:FlexPrefill",
+        "prism": "baselines.prism:Prism",
     },
 )
 

@@ -8,12 +8,16 @@ SELECTORS = Registry(
     "selector",
     {
         "meanpool": "pbs.selectors.meanpool:MeanPoolSelector",
+        "maxpool": "pbs.selectors.maxpool:MaxPoolSelector",
+        "antidiagonal": "pbs.selectors.antidiagonal:AntidiagonalSelector",
+        "low_band": "pbs.selectors.bands:LowBandSelector",
+        "oracle": "pbs.selectors.oracle:OracleSelector",
     },
 )
 
 
 def build_selector(name: str, params: dict[str, object]) -> Selector:
-    """Make a selector by name; an unknown name or parameter raises ValueError, with the valid ones."""
+    """Make a selector; an unknown name or parameter raises ValueError with the valid ones."""
     selector = SELECTORS.build(name, params)
     assert isinstance(selector, Selector)
     return selector

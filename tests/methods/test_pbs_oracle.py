@@ -1,28 +1,12 @@
 """The outputs recorded from the original implementation (``shared/oracle``, see its README)."""
 
-import os
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 
 from pbs import build_method
+from tests.methods.recorded import causal_part, load, needs_oracles
 
-DEFAULT = Path(__file__).resolve().parents[3] / "shared" / "oracle"
-ORACLE = Path(os.environ.get("PBS_ORACLE_DIR", DEFAULT))
-
-pytestmark = pytest.mark.skipif(
-    not ORACLE.is_dir(), reason=f"no recorded oracles in {ORACLE}; set PBS_ORACLE_DIR"
-)
-
-
-def load(name):
-    with np.load(ORACLE / f"{name}.npz") as arrays:
-        return {
-            key: torch.from_numpy(value) if value.ndim else value.item()
-            for key, value in arrays.items()
-        }
+pytestmark = needs_oracles
 
 
 def method_of(recorded, **changes):
@@ -43,8 +27,7 @@ def test_key_order_and_tiles_equal_the_original(name):
     recorded = load(name)
     plan = method_of(recorded, pad_mean="reference").plan(recorded["q"], recorded["k"])
     assert torch.equal(plan.key_order(), recorded["key_indices"])
-    causal = torch.ones_like(recorded["block_mask"][0, 0]).tril()
-    assert torch.equal(plan.block_mask(), recorded["block_mask"] & causal)
+    assert torch.equal(plan.block_mask(), causal_part(recorded["block_mask"]))
     assert plan.density().mean().item() == pytest.approx(recorded["density"], abs=1e-6)
 
 
@@ -53,8 +36,7 @@ def test_mean_over_real_tokens_changes_the_last_partial_row_only(name):
     recorded = load(name)
     plan = method_of(recorded).plan(recorded["q"], recorded["k"])
     whole = recorded["q"].shape[2] // recorded["block_size"]
-    causal = torch.ones_like(recorded["block_mask"][0, 0]).tril()
-    expected = recorded["block_mask"] & causal
+    expected = causal_part(recorded["block_mask"])
     assert torch.equal(plan.block_mask()[:, :, :whole], expected[:, :, :whole])
     out = method_of(recorded)(recorded["q"], recorded["k"], recorded["v"])
     rows = whole * recorded["block_size"]

@@ -1,0 +1,217 @@
+"""FlexPrefill: per head either pooled query-aware blocks or vertical and slash blocks.
+
+Legend: see :mod:`pbs.ops.grid`; L last queries that decide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from pbs.checks import check_block_size, check_positive_int, check_threshold
+from pbs.methods.base import AttentionMethod
+from pbs.ops.grid import BlockGrid
+from pbs.ops.inputs import check_attention_inputs
+from pbs.ops.plan import AttentionPlan
+from pbs.selectors.pooling import block_logits, mean_pool, softmax_over
+
+
+@dataclass(kw_only=True)
+class FlexPrefill(AttentionMethod):
+    """Vertical and slash budgets by cumulative attention of the last queries, in blocks.
+
+    Args:
+        block_size: B, a power of two of at least 16.
+        gamma: cumulative attention of the last queries that the budgets reach (γ), in (0, 1]; 1
+            equals dense.
+        tau: heads whose pooled and true distributions over blocks differ by less (Jensen-Shannon
+            distance, at most 0.83) add query-aware blocks; 0 switches that branch off.
+        min_budget: least tokens of each budget; None is one block. The authors use 1024 in their
+            benchmarks and 512 in their README, the PBS paper none.
+        max_budget: most tokens of each budget; None is no limit.
+        budget_divisor: tokens per block when a budget in tokens becomes blocks; None is the block
+            size, 128 the original's literal.
+        nan_as_vs: True reproduces the original, in which a pooled probability of 0 makes the
+            distance NaN and the head vertical-slash; False takes 0 log 0 as 0.
+
+    Source: arXiv 2502.20766, Algorithms 1 to 4; reference code ByteDance-Seed/FlexPrefill.
+    """
+
+    block_size: int = 128
+    gamma: float = 0.95
+    tau: float = 0.1
+    min_budget: int | None = None
+    max_budget: int | None = None
+    budget_divisor: int | None = None
+    nan_as_vs: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_block_size(self.block_size)
+        check_threshold(self.gamma, name="gamma")
+        if isinstance(self.tau, bool) or not isinstance(self.tau, int | float):
+            raise TypeError(f"tau must be a number of at least 0, got {self.tau!r}")
+        if not self.tau >= 0:  # also false for NaN
+            raise ValueError(f"tau must be at least 0, got {self.tau}; the authors use 0.1")
+        for name in ("min_budget", "max_budget", "budget_divisor"):
+            value = getattr(self, name)
+            if value is not None:
+                check_positive_int(value, name=name)
+        if (
+            self.min_budget is not None
+            and self.max_budget is not None
+            and self.max_budget < self.min_budget
+        ):
+            raise ValueError(
+                f"max_budget must not be below min_budget, got {self.max_budget} and "
+                f"{self.min_budget}"
+            )
+
+    def plan(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        scale: float | None = None,
+        layer_idx: int | None = None,  # noqa: ARG002 - the same in every layer
+    ) -> AttentionPlan:
+        """See the base class."""
+        check_attention_inputs(q, k)
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        size = self.block_size
+        grid = BlockGrid(q.shape[2], k.shape[2], size, size)
+        least = -(-(self.min_budget or 1) // size)
+        shortest = max(2 * size, least * size)
+        if grid.num_keys <= shortest or self.gamma >= 1:
+            reason = "gamma is 1" if self.gamma >= 1 else f"no more than {shortest} keys"
+            return AttentionPlan.dense(grid, q.shape[0], q.shape[1], device=q.device, reason=reason)
+        vertical, slash = last_query_attention(q, k, scale=scale, num_last=size)
+        diagonal = grid.last_positions(q.device) // size
+        tiles = torch.arange(grid.num_key_tiles, device=q.device)
+        offsets = diagonal[:, None] - tiles
+        causal = offsets >= 0
+        is_query_aware = self._is_query_aware(q, k, vertical, grid, scale)
+        most = grid.num_key_tiles
+        if self.max_budget is not None:
+            most = min(most, -(-self.max_budget // size))
+        num_columns = self._budget(vertical, least, most).masked_fill(is_query_aware, least)
+        num_offsets = self._budget(slash, least, most).masked_fill(is_query_aware, least)
+        column_mass = block_sums(vertical, size)
+        column_mass[..., 0] = float("inf")
+        # slash[o] is stored at N - 1 - o, so that pooled slot x is the block offset T - 1 - x.
+        offset_mass = block_sums(slash.flip(-1), size).flip(-1)
+        offset_mass[..., 0] = float("inf")
+        columns = top_entries(column_mass, num_columns)
+        chosen = top_entries(offset_mass, num_offsets)
+        mask = columns.unsqueeze(2) | chosen[..., offsets.clamp(min=0)]
+        mask = mask | self._query_aware_blocks(q, k, grid, scale, causal, is_query_aware)
+        return AttentionPlan.from_block_mask(mask & causal, grid)
+
+    def _budget(self, attention: Tensor, least: int, most: int) -> Tensor:
+        """Blocks that hold γ of the attention if important tokens were contiguous, ``[Z, Hq]``."""
+        ranked = attention.sort(dim=-1, descending=True).values
+        count = (ranked.cumsum(dim=-1) <= self.gamma).sum(dim=-1) + 1
+        blocks = count // (self.budget_divisor or self.block_size) + 1
+        return blocks.clamp(min=least, max=max(most, least))
+
+    def _is_query_aware(
+        self, q: Tensor, k: Tensor, vertical: Tensor, grid: BlockGrid, scale: float
+    ) -> Tensor:
+        """Heads whose pooled scores describe their attention well, bool ``[Z, Hq]``."""
+        last = q[:, :, -self.block_size :].mean(dim=2, keepdim=True, dtype=torch.float32)
+        pooled = block_logits(last, mean_pool(k, grid.key_tile)) * scale
+        estimate = pooled.squeeze(2).softmax(dim=-1)
+        truth = block_sums(vertical, grid.key_tile)
+        return self._distance(truth, estimate) < self.tau
+
+    def _distance(self, p: Tensor, q: Tensor) -> Tensor:
+        """Jensen-Shannon distance of the last dims, natural logarithm."""
+        middle = (p + q) / 2
+
+        def divergence(x: Tensor) -> Tensor:
+            terms = x * (x / middle).log()
+            return (terms if self.nan_as_vs else terms.nan_to_num(0.0)).sum(-1)
+
+        half = (divergence(p) + divergence(q)) / 2
+        return (half if self.nan_as_vs else half.clamp(min=0.0)).sqrt()
+
+    def _query_aware_blocks(
+        self,
+        q: Tensor,
+        k: Tensor,
+        grid: BlockGrid,
+        scale: float,
+        causal: Tensor,
+        is_query_aware: Tensor,
+    ) -> Tensor:
+        """Blocks by pooled scores, all rows of a head ranked together, bool ``[Z, Hq, Tq, Tk]``.
+
+        The block that crosses γ is left out, as in the original: rows with peaked scores are served
+        first.
+        """
+        logits = block_logits(mean_pool(q, grid.query_tile), mean_pool(k, grid.key_tile)) * scale
+        ranked, index = (
+            softmax_over(logits, causal).flatten(2).sort(dim=-1, descending=True, stable=True)
+        )
+        keep = ranked.cumsum(dim=-1) <= self.gamma * grid.num_query_tiles
+        selected = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, index, keep)
+        return selected.view_as(logits) & is_query_aware[..., None, None]
+
+
+def last_query_attention(
+    q: Tensor, k: Tensor, *, scale: float, num_last: int
+) -> tuple[Tensor, Tensor]:
+    """Mean attention of the last queries to each key, and to each distance.
+
+    Args:
+        q: ``[Z, Hq, Nq, D]``.
+        k: ``[Z, Hkv, Nk, D]``.
+        scale: factor of the logits.
+        num_last: L; at most Nq are taken.
+
+    Returns:
+        vertical fp32 ``[Z, Hq, Nk]``, and slash fp32 ``[Z, Hq, Nk]`` by distance query - key. One
+        key/value head at a time: (Hq / Hkv) L Nk probabilities in memory.
+    """
+    groups = q.shape[1] // k.shape[1]
+    # Latest query first: row r sits at position N - 1 - r.
+    last = q[:, :, -num_last:].flip(2).unflatten(1, (k.shape[1], groups))
+    rows, num_keys = last.shape[3], k.shape[2]
+    keys = torch.arange(num_keys, device=q.device)
+    future = keys > (num_keys - 1 - torch.arange(rows, device=q.device))[:, None]
+    vertical, slash = [], []
+    for head in range(k.shape[1]):
+        logits = last[:, head].float() @ k[:, head, None].float().transpose(-1, -2) * scale
+        weights = logits.masked_fill_(future, float("-inf")).softmax(dim=-1)
+        vertical.append(weights.mean(dim=2))
+        slash.append(_distance_sums(weights) / rows)
+    return torch.cat(vertical, dim=1), torch.cat(slash, dim=1)
+
+
+def _distance_sums(weights: Tensor) -> Tensor:
+    """Sums over equal distance, ``[.., N]`` from ``[.., L, N]``, row r being position N - 1 - r.
+
+    Distance d of row r is key N - 1 - r - d. Padding rows by L and reading them back one element
+    shorter moves row r right by r places, so that equal distances share column N - 1 - d.
+    """
+    rows, num_keys = weights.shape[-2:]
+    width = num_keys + rows - 1
+    moved = pad(weights, (0, rows)).flatten(-2)[..., : rows * width].unflatten(-1, (rows, width))
+    return moved.sum(dim=-2)[..., :num_keys].flip(-1)
+
+
+def block_sums(x: Tensor, tile: int) -> Tensor:
+    """Sums over tiles of the last dim from index 0 upward, ``[.., T]`` from ``[.., N]``."""
+    num_tiles = -(-x.shape[-1] // tile)
+    return pad(x, (0, num_tiles * tile - x.shape[-1])).unflatten(-1, (num_tiles, tile)).sum(-1)
+
+
+def top_entries(mass: Tensor, count: Tensor) -> Tensor:
+    """The ``count`` largest entries of each row, bool like ``mass``; ties to the lower index."""
+    order = mass.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order)
+    places = torch.arange(mass.shape[-1], device=mass.device).expand_as(order)
+    return rank.scatter_(-1, order, places) < count.unsqueeze(-1)

@@ -1,0 +1,75 @@
+"""Prism: block scores in two bands of rotary frequencies. Legend: see :mod:`pbs.ops.grid`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pbs.checks import check_block_size, check_choice, check_threshold
+from pbs.methods.base import AttentionMethod
+from pbs.ops.grid import BlockGrid
+from pbs.ops.inputs import check_attention_inputs
+from pbs.ops.plan import AttentionPlan
+from pbs.selectors import select_top_p
+from pbs.selectors.bands import band_dims, band_probabilities
+from pbs.selectors.pooling import mean_pool
+
+
+@dataclass(kw_only=True)
+class Prism(AttentionMethod):
+    """The union of two selections: by the fast rotary dims (slashes) and by the slow ones (topics).
+
+    Args:
+        block_size: B, a power of two of at least 16.
+        threshold: cumulative probability that each band reaches (p), in (0, 1]; 1 equals dense. The
+            authors use 0.95 for Llama and 0.93 for Qwen.
+        high_dims: dims of the fast band, even; None is half the head dim (64 of 128).
+        low_dims: dims of the slow band, even; None is three quarters (96 of 128).
+        rope_layout: "half" if dim x turns with dim x + D/2 (Llama, Qwen), "interleaved" if with its
+            neighbour. A property of the model; the wrong one makes the bands meaningless.
+
+    Source: arXiv 2602.08426; sink and diagonal are always computed.
+    """
+
+    block_size: int = 128
+    threshold: float = 0.95
+    high_dims: int | None = None
+    low_dims: int | None = None
+    rope_layout: str = "half"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_block_size(self.block_size)
+        check_threshold(self.threshold)
+        check_choice(self.rope_layout, ("half", "interleaved"), name="rope_layout")
+
+    def plan(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        scale: float | None = None,
+        layer_idx: int | None = None,  # noqa: ARG002 - the same in every layer
+    ) -> AttentionPlan:
+        """See the base class."""
+        check_attention_inputs(q, k)
+        head_dim = q.shape[3]
+        scale = head_dim**-0.5 if scale is None else scale
+        grid = BlockGrid(q.shape[2], k.shape[2], self.block_size, self.block_size)
+        q_blocks, k_blocks = mean_pool(q, self.block_size), mean_pool(k, self.block_size)
+        tiles = torch.arange(grid.num_key_tiles, device=q.device)
+        causal = tiles <= (grid.last_positions(q.device) // self.block_size)[:, None]
+        mask = (tiles == 0).expand(*q.shape[:2], *causal.shape)
+        bands = {
+            "high": head_dim // 2 if self.high_dims is None else self.high_dims,
+            "low": head_dim * 3 // 4 if self.low_dims is None else self.low_dims,
+        }
+        for band, num_dims in bands.items():
+            dims = band_dims(head_dim, num_dims, band=band, layout=self.rope_layout)
+            probabilities = band_probabilities(
+                q_blocks, k_blocks, dims=dims, scale=scale, candidates=causal
+            )
+            mask = mask | select_top_p(probabilities, threshold=self.threshold, candidates=causal)
+        return AttentionPlan.from_block_mask(mask, grid)

@@ -1,0 +1,150 @@
+"""XAttention: antidiagonal block scores. Legend: see :mod:`pbs.ops.grid`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pbs.checks import check_block_size, check_choice
+from pbs.methods.base import AttentionMethod
+from pbs.ops.grid import BlockGrid
+from pbs.ops.inputs import check_attention_inputs
+from pbs.ops.plan import AttentionPlan
+from pbs.selectors.antidiagonal import antidiagonal_block_sums, check_stride, query_groups
+
+
+@dataclass(kw_only=True)
+class XAttention(AttentionMethod):
+    """Fewest blocks whose antidiagonal mass, with sink and diagonal, reaches τ.
+
+    Args:
+        block_size: B, a power of two of at least 16.
+        stride: s, divides B; larger is cheaper and coarser.
+        threshold: share of each row's mass to reach (τ), in [0, 1]; 1 equals dense. A number, a
+            list of one per query head, or a list of such lists, one per layer. 0 keeps only sink
+            and diagonal.
+        first_chunk: "minimal" follows the paper everywhere; "reference" reproduces the original
+            code's rule for the rows of its first chunk, which keeps one block more than needed.
+
+    Source: arXiv 2503.16428, Algorithm 1; reference code mit-han-lab/x-attention.
+    """
+
+    block_size: int = 128
+    stride: int = 8
+    threshold: Any = 0.9
+    first_chunk: str = "minimal"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_block_size(self.block_size)
+        check_stride(self.stride)
+        if self.block_size % self.stride:
+            raise ValueError(
+                f"stride must divide block_size, got {self.stride} and {self.block_size}; try 8"
+            )
+        check_choice(self.first_chunk, ("minimal", "reference"), name="first_chunk")
+        self._thresholds = _threshold_tensor(self.threshold)
+
+    def densest(self) -> AttentionMethod:
+        """See the base class: a per-head threshold too becomes 1 everywhere."""
+        return XAttention(
+            backend=self.backend, block_size=self.block_size, stride=self.stride, threshold=1.0
+        )
+
+    def plan(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        scale: float | None = None,
+        layer_idx: int | None = None,
+    ) -> AttentionPlan:
+        """See the base class."""
+        check_attention_inputs(q, k)
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        grid = BlockGrid(q.shape[2], k.shape[2], self.block_size, self.block_size)
+        threshold = self._threshold_of(layer_idx, q.shape[1]).to(q.device)
+        sums = antidiagonal_block_sums(q, k, stride=self.stride, scale=scale, grid=grid)
+        total = query_groups(grid, self.stride, q.device).float()
+        tiles = torch.arange(grid.num_key_tiles, device=q.device)
+        diagonal = _diagonal(grid, q.device)
+        forced = diagonal | (tiles == 0)
+        mask = _select(sums, forced, threshold * total, skipped=0)
+        if self.first_chunk == "reference":
+            quirk = _select(sums, diagonal, threshold * total, skipped=1)
+            rows = torch.arange(grid.num_query_tiles, device=q.device)
+            in_first = rows < _first_chunk_tokens(grid.num_queries) // self.block_size
+            mask = torch.where(in_first[:, None], quirk, mask)
+        return AttentionPlan.from_block_mask(mask | forced | (threshold >= 1), grid)
+
+    def _threshold_of(self, layer_idx: int | None, num_heads: int) -> Tensor:
+        """The threshold of each head of this layer, fp32 ``[Hq or 1, 1, 1]``."""
+        thresholds = self._thresholds
+        if thresholds.ndim == 2:
+            if layer_idx is None or not 0 <= layer_idx < len(thresholds):
+                raise ValueError(
+                    f"threshold has one row per layer ({len(thresholds)}), got "
+                    f"layer_idx={layer_idx}; pass layer_idx, or a threshold per head"
+                )
+            thresholds = thresholds[layer_idx]
+        if thresholds.ndim == 1 and len(thresholds) != num_heads:
+            raise ValueError(
+                f"expected one threshold per query head ({num_heads}), got {len(thresholds)}"
+            )
+        return thresholds.reshape(-1, 1, 1)
+
+
+def _select(sums: Tensor, forced: Tensor, goal: Tensor, *, skipped: int) -> Tensor:
+    """Blocks to add to the forced ones, largest first, until the goal is reached.
+
+    A block is taken iff the forced mass plus that of the blocks before it is below the goal. With
+    ``skipped`` 1 the block just before it does not count yet, and the first is always taken.
+    """
+    forced_mass = sums.masked_fill(~forced, 0.0).sum(-1, keepdim=True)
+    others = sums.masked_fill(forced, -1.0)
+    ranked, index = others.sort(dim=-1, descending=True, stable=True)
+    counted = ranked.clamp(min=0.0).cumsum(dim=-1)
+    before = torch.nn.functional.pad(counted[..., :-1], (1, 0))
+    if skipped:
+        before = torch.nn.functional.pad(before[..., :-1], (1, 0))
+    keep = forced_mass + before < goal
+    if skipped:
+        keep[..., :1] = True
+    selected = torch.zeros_like(sums, dtype=torch.bool)
+    return selected.scatter_(-1, index, keep)
+
+
+def _diagonal(grid: BlockGrid, device: torch.device) -> Tensor:
+    """Key tiles that the positions of a query tile touch, bool ``[Tq, Tk]``."""
+    tiles = torch.arange(grid.num_key_tiles, device=device)
+    first = grid.first_positions(device) // grid.key_tile
+    last = grid.last_positions(device) // grid.key_tile
+    return (tiles >= first[:, None]) & (tiles <= last[:, None])
+
+
+def _first_chunk_tokens(num_queries: int) -> int:
+    """Size of the original's first chunk: a whole prompt up to 16K, then less, at least 2K."""
+    padded = 1 << (num_queries - 1).bit_length()
+    return max(2048, min(padded, (1 << 28) // padded))
+
+
+def _threshold_tensor(threshold: Any) -> Tensor:
+    """fp32 scalar, ``[Hq]`` or ``[layers, Hq]``."""
+    try:
+        values = torch.as_tensor(threshold, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            "threshold must be a number, a list of one per head, or a list of such lists of equal "
+            f"length, one per layer; got {threshold!r}"
+        ) from error
+    if values.ndim > 2 or not values.numel():
+        raise ValueError(
+            "threshold must be a number, [heads] or [layers][heads], got shape "
+            f"{tuple(values.shape)}"
+        )
+    if not bool(((values >= 0) & (values <= 1)).all()):
+        raise ValueError(f"threshold must lie in [0, 1], got {threshold}; 1 keeps every block")
+    return values

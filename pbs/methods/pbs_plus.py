@@ -1,0 +1,38 @@
+"""PBS-Attn+: antidiagonal scores on permuted keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pbs.methods.pbs import PBS
+
+
+@dataclass(kw_only=True)
+class PBSPlus(PBS):
+    """PBS with XAttention's scores instead of mean pooling.
+
+    Args:
+        selector: as in :class:`PBS`.
+        stride: s, divides the block size; larger is cheaper and coarser.
+        normaliser: softmax over the "candidates" only, or over all "causal" groups, so that what
+            the own segment holds counts as covered. The paper does not say which.
+
+    Source: arXiv 2510.21270 (v2), PBS-Attn+; the authors released no code for it.
+    """
+
+    selector: str = "antidiagonal"
+    stride: int = 8
+    normaliser: str = "candidates"
+
+    def __post_init__(self) -> None:
+        if self.selector != "antidiagonal":
+            raise ValueError(
+                f"pbs_plus is PBS with selector 'antidiagonal', got {self.selector!r}; use "
+                "method=pbs to choose another selector"
+            )
+        self.selector_params = {"stride": self.stride, "normaliser": self.normaliser}
+        super().__post_init__()
+        if self.block_size % self.stride:
+            raise ValueError(
+                f"stride must divide block_size, got {self.stride} and {self.block_size}; try 8"
+            )

@@ -1,0 +1,115 @@
+import pytest
+import torch
+
+from pbs import BlockGrid, build_method
+from pbs.selectors import antidiagonal
+from pbs.selectors.antidiagonal import antidiagonal_block_sums, query_groups
+from pbs.testing import make_qkv
+
+
+def naive_sums(q, k, stride, scale, block):
+    """Group by group, straight from the formula."""
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    offset = num_keys - num_queries
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    query_groups_count = -(-num_queries // stride)
+    key_groups_count = -(-num_keys // stride)
+    logits = torch.full((*q.shape[:2], query_groups_count, key_groups_count), float("-inf"))
+    for g in range(query_groups_count):
+        last = min((g + 1) * stride, num_queries) - 1 + offset
+        for f in range(key_groups_count):
+            if f * stride > last:
+                continue
+            total = torch.zeros(q.shape[:2])
+            for t in range(stride):
+                row, column = g * stride + stride - 1 - t, f * stride + t
+                if row < num_queries and column < num_keys:
+                    total += (q[:, :, row] * k[:, :, column]).sum(-1)
+            logits[:, :, g, f] = total * scale / stride
+    weights = logits.softmax(-1)
+    tiles = (-(-num_queries // block), -(-num_keys // block))
+    sums = torch.zeros(*q.shape[:2], *tiles)
+    per = block // stride
+    for g in range(query_groups_count):
+        for f in range(key_groups_count):
+            sums[:, :, g // per, f // per] += weights[:, :, g, f]
+    return sums
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(64, 64), (50, 50), (33, 81), (1, 20)])
+@pytest.mark.parametrize("chunk", [1, 1 << 26])
+def test_sums_follow_the_formula_in_chunks_and_whole(num_queries, num_keys, chunk, monkeypatch):
+    monkeypatch.setattr(antidiagonal, "MAX_LOGITS", chunk)
+    q, k, _ = make_qkv(2, 4, 2, num_keys, 8, num_queries=num_queries)
+    grid = BlockGrid(num_queries, num_keys, 16, 16)
+    sums = antidiagonal_block_sums(q, k, stride=4, scale=0.4, grid=grid)
+    torch.testing.assert_close(sums, naive_sums(q, k, 4, 0.4, 16), rtol=1e-4, atol=1e-5)
+    rows = query_groups(grid, 4, q.device).squeeze(-1)
+    torch.testing.assert_close(sums.sum(-1), rows.float().expand(2, 4, -1))
+
+
+def test_threshold_per_head_and_layer():
+    q, k, v = make_qkv(1, 4, 2, 300, 32, structure="mixed")
+    per_head = [0.2, 0.5, 0.9, 1.0]
+    plan = build_method("xattention", block_size=32, threshold=per_head).plan(q, k)
+    for head, threshold in enumerate(per_head):
+        alone = build_method("xattention", block_size=32, threshold=threshold).plan(q, k)
+        assert torch.equal(plan.block_mask()[:, head], alone.block_mask()[:, head])
+    layered = build_method("xattention", block_size=32, threshold=[[0.1] * 4, per_head])
+    assert torch.equal(layered.plan(q, k, layer_idx=1).block_mask(), plan.block_mask())
+    for layer_idx in (None, 2):
+        with pytest.raises(ValueError, match="one row per layer"):
+            layered(q, k, v, layer_idx=layer_idx)
+    with pytest.raises(ValueError, match=r"one threshold per query head \(4\), got 3"):
+        build_method("xattention", threshold=[0.5] * 3).plan(q, k)
+    assert (layered.densest().plan(q, k).density() == 1).all()
+
+
+def test_threshold_zero_keeps_sink_and_diagonal():
+    q, k, _ = make_qkv(1, 2, 2, 320, 32)
+    mask = build_method("xattention", block_size=32, threshold=0.0).plan(q, k).block_mask()
+    expected = torch.eye(10, dtype=torch.bool)
+    expected[:, 0] = True
+    assert torch.equal(mask, expected.expand_as(mask))
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "message"),
+    [
+        ({"stride": 7}, ValueError, "stride must divide block_size, got 7 and 128"),
+        ({"stride": 0}, ValueError, "at least 1"),
+        ({"stride": 8.0}, TypeError, "stride must be an integer"),
+        ({"threshold": 1.1}, ValueError, r"\[0, 1\]"),
+        ({"threshold": float("nan")}, ValueError, r"\[0, 1\]"),
+        ({"threshold": [[0.5], [0.5, 0.5]]}, TypeError, "equal length"),
+        ({"threshold": []}, ValueError, "got shape"),
+        ({"threshold": "high"}, TypeError, "must be a number"),
+        ({"first_chunk": "first"}, ValueError, "unknown first_chunk"),
+    ],
+)
+def test_wrong_settings_are_refused(params, error, message):
+    with pytest.raises(error, match=message):
+        build_method("xattention", **params)
+    if "stride" in params:
+        with pytest.raises(error):
+            build_method("pbs_plus", **params)
+
+
+def test_selector_refuses_a_stride_that_does_not_divide_the_block():
+    q, k, _ = make_qkv(1, 2, 2, 300, 32)
+    method = build_method(
+        "pbs", block_size=16, selector="antidiagonal", selector_params={"stride": 32}
+    )
+    with pytest.raises(ValueError, match="stride must divide the block size, got stride 32"):
+        method.plan(q, k)
+
+
+def test_pbs_plus_is_pbs_with_the_antidiagonal_selector():
+    q, k, _ = make_qkv(1, 4, 2, 600, 32, structure="mixed")
+    plus = build_method("pbs_plus", block_size=32, segment_size=64)
+    same = build_method("pbs", block_size=32, segment_size=64, selector="antidiagonal")
+    assert torch.equal(plus.plan(q, k).block_mask(), same.plan(q, k).block_mask())
+    with pytest.raises(ValueError, match="use method=pbs"):
+        build_method("pbs_plus", selector="meanpool")
+    coarse = build_method("pbs_plus", block_size=32, segment_size=64, stride=16)
+    assert not torch.equal(plus.plan(q, k).block_mask(), coarse.plan(q, k).block_mask())
