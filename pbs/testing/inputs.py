@@ -47,9 +47,9 @@ def make_qkv(
     places and always token 0, take more than half of the attention of most queries (one query
     in eight ignores them). ``slash`` makes every query look at itself and at keys a few fixed
     distances back, as rotary embeddings do: queries and keys are one vector rotated by their
-    positions, here with evenly spread frequencies so that the lines are sharp. ``mixed`` gives the
-    heads vertical lines, slashes and both in turn. Everything lies in noise of unit variance, and
-    ``random`` is that noise alone.
+    positions, here with frequencies drawn from (0, pi) so that the lines are sharp. ``mixed`` gives
+    the heads vertical lines, slashes and both in turn. Everything lies in noise of unit variance,
+    and ``random`` is that noise alone.
 
     Args:
         batch: Z.
@@ -116,9 +116,10 @@ def _add_slashes(q: Tensor, k: Tensor, has_slashes: Tensor, generator: torch.Gen
     batch, kv_heads, num_keys, head_dim = k.shape
     groups = q.shape[1] // kv_heads
     phase = torch.rand(batch, kv_heads, 1, head_dim // 2, generator=generator) * 2 * math.pi
-    frequencies = torch.linspace(0, math.pi, head_dim // 2 + 1)[1:]
-    # A match weighs exp(boost) against num_keys others of weight about 1.
-    boost = math.log(max(num_keys, 2)) + 1
+    # Random ones: evenly spaced frequencies would repeat the lines every head_dim tokens.
+    frequencies = torch.rand(head_dim // 2, generator=generator) * math.pi
+    # A match weighs exp(boost), num_keys others about exp(1.5) each: noise meets amplitude.
+    boost = math.log(max(num_keys, 2)) + 3
     amplitude = math.sqrt(boost / math.sqrt(head_dim) * 2)
 
     def rotated(positions: Tensor) -> Tensor:

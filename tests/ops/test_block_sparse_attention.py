@@ -109,6 +109,21 @@ def test_local_window_rule(backend):
     check(q, k, v, plan, backend)
 
 
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_kernel_for_chips_without_tensor_memory_accelerator(head_dim, monkeypatch):
+    from pbs.ops.block_sparse_attention import triton as kernel
+
+    options = kernel.launch_options(
+        head_dim=head_dim, element_size=4, query_tile=32, key_tile=32, capability=(8, 0)
+    )
+    assert not options.use_tma
+    monkeypatch.setattr(kernel, "launch_options", lambda **_: options)
+    q, k, v = make_qkv(2, 4, 2, 200, head_dim)
+    order = segment_order(200, 64)[:, :1].expand(2, 4, -1)
+    plan = random_plan(2, 4, BlockGrid(200, 200, 32, 32), segment_size=64, order=order)
+    check(q, k, v, plan, "triton")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_query_without_keys_gives_zero(backend):
     grid = BlockGrid(32, 32, 16, 16)

@@ -6,12 +6,14 @@ of two).
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pbs.ops.gather import gather_keys
 from pbs.ops.plan import AttentionPlan
@@ -26,30 +28,49 @@ def _offset(strides, batch, head):
 
 
 @triton.jit
-def _load_rows(base, rows, stride, keep, dims, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr):
-    """Rows of a [N, D] matrix; with EVEN every row and dim exists."""
+def _load_rows(base, rows, stride, keep, dims, HEAD_DIM: tl.constexpr):
+    """Rows of a [N, D] matrix wherever they lie; 0 for rows not kept and dims past the head dim."""
     pointers = base + rows.to(tl.int64)[:, None] * stride + dims[None, :]
-    if EVEN:
-        return tl.load(pointers)  # [rows, D]
     return tl.load(pointers, mask=keep[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_tile(
+    descriptor,
+    base,
+    plane,
+    start,
+    stride,
+    num_keys,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    """BLOCK_N consecutive rows from ``start`` of one head's keys or values; 0 past the last key."""
+    if USE_TMA:
+        return descriptor.load([plane, start, 0]).reshape([BLOCK_N, BLOCK_D])
+    rows = start + tl.arange(0, BLOCK_N)
+    return _load_rows(base, rows, stride, rows < num_keys, tl.arange(0, BLOCK_D), HEAD_DIM)
 
 
 @triton.jit
 def _online_softmax(acc, row_max, row_sum, q, k, v, seen, scale_log2, MASKED: tl.constexpr):
     """Fold one tile of keys into the running softmax; ``seen`` is read only if MASKED."""
-    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [M, N]
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
     if MASKED:
         logits = tl.where(seen, logits, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(logits, 1))
+    # scale_log2 is positive: the scaled maximum is the maximum scaled, and the subtraction below
+    # becomes one fused multiply-add per logit.
+    new_max = tl.maximum(row_max, tl.max(logits, 1) * scale_log2)
     reference = new_max
     if MASKED:
         # A row that has seen no key yet has maximum -inf; -inf - -inf would be NaN.
         reference = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = tl.exp2(logits - reference[:, None])  # [M, N]
+    weights = tl.exp2(logits * scale_log2 - reference[:, None])  # [M, N]
     decay = tl.exp2(row_max - reference)
     row_sum = row_sum * decay + tl.sum(weights, 1)
-    acc = acc * decay[:, None]
-    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")  # [M, D]
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")  # [M, D]
     return acc, new_max, row_sum
 
 
@@ -60,6 +81,10 @@ def block_sparse_attention_fwd_kernel(
     v_ptr,
     ordered_k_ptr,
     ordered_v_ptr,
+    k_descriptor,
+    v_descriptor,
+    ordered_k_descriptor,
+    ordered_v_descriptor,
     out_ptr,
     blocks_ptr,
     num_blocks_ptr,
@@ -84,6 +109,8 @@ def block_sparse_attention_fwd_kernel(
     query_order_strides,
     scale_log2,
     num_heads,
+    num_kv_heads,
+    num_order_heads,
     num_queries,
     num_keys,
     KV_GROUP: tl.constexpr,
@@ -97,6 +124,7 @@ def block_sparse_attention_fwd_kernel(
     HAS_COLUMNS: tl.constexpr,
     HAS_QUERY_ORDER: tl.constexpr,
     HAS_LOCAL_WINDOW: tl.constexpr,
+    USE_TMA: tl.constexpr,
 ):
     """One program: BLOCK_M rows of one query tile of one head, over all keys the plan names."""
     # Later query tiles see more keys: start the longest programs first.
@@ -116,7 +144,7 @@ def block_sparse_attention_fwd_kernel(
     positions = tl.where(real, source + num_keys - num_queries, -1)
 
     q_base = q_ptr + _offset(q_strides, batch, head)
-    q = _load_rows(q_base, source, q_strides[2], real, dims, HEAD_DIM, False)  # [M, D]
+    q = _load_rows(q_base, source, q_strides[2], real, dims, HEAD_DIM)  # [M, D]
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -126,19 +154,42 @@ def block_sparse_attention_fwd_kernel(
     count = tl.load(
         num_blocks_ptr + _offset(num_blocks_strides, batch, head) + tile * num_blocks_strides[2]
     )
-    k_base = ordered_k_ptr + _offset(ordered_k_strides, batch, head // ORDER_GROUP)
-    v_base = ordered_v_ptr + _offset(ordered_v_strides, batch, head // ORDER_GROUP)
+    order_head = head // ORDER_GROUP
+    plane = batch * num_order_heads + order_head
+    k_base = ordered_k_ptr + _offset(ordered_k_strides, batch, order_head)
+    v_base = ordered_v_ptr + _offset(ordered_v_strides, batch, order_head)
     PARTS: tl.constexpr = KEY_TILE // BLOCK_N
-    EVEN_D: tl.constexpr = HEAD_DIM == BLOCK_D
     for step in range(count * PARTS):
         start = tl.load(lists + step // PARTS) * KEY_TILE + step % PARTS * BLOCK_N
-        exists = keys < BLOCK_N
-        k = _load_rows(k_base, start + keys, ordered_k_strides[2], exists, dims, HEAD_DIM, EVEN_D)
-        v = _load_rows(v_base, start + keys, ordered_v_strides[2], exists, dims, HEAD_DIM, EVEN_D)
+        k = _load_tile(
+            ordered_k_descriptor,
+            k_base,
+            plane,
+            start,
+            ordered_k_strides[2],
+            num_keys,
+            HEAD_DIM,
+            BLOCK_N,
+            BLOCK_D,
+            USE_TMA,
+        )
+        v = _load_tile(
+            ordered_v_descriptor,
+            v_base,
+            plane,
+            start,
+            ordered_v_strides[2],
+            num_keys,
+            HEAD_DIM,
+            BLOCK_N,
+            BLOCK_D,
+            USE_TMA,
+        )
         acc, row_max, row_sum = _online_softmax(
-            acc, row_max, row_sum, q, k, v, exists[None, :], scale_log2, False
+            acc, row_max, row_sum, q, k, v, real[:, None], scale_log2, False
         )
 
+    plane = batch * num_kv_heads + head // KV_GROUP
     k_base = k_ptr + _offset(k_strides, batch, head // KV_GROUP)
     v_base = v_ptr + _offset(v_strides, batch, head // KV_GROUP)
     # 2. Single columns in natural order, gathered BLOCK_N at a time.
@@ -152,8 +203,8 @@ def block_sparse_attention_fwd_kernel(
         for step in range(0, count, BLOCK_N):
             exists = step + keys < count
             column = tl.load(lists + step + keys, mask=exists, other=0)
-            k = _load_rows(k_base, column, k_strides[2], exists, dims, HEAD_DIM, False)
-            v = _load_rows(v_base, column, v_strides[2], exists, dims, HEAD_DIM, False)
+            k = _load_rows(k_base, column, k_strides[2], exists, dims, HEAD_DIM)
+            v = _load_rows(v_base, column, v_strides[2], exists, dims, HEAD_DIM)
             acc, row_max, row_sum = _online_softmax(
                 acc, row_max, row_sum, q, k, v, exists[None, :], scale_log2, True
             )
@@ -167,10 +218,32 @@ def block_sparse_attention_fwd_kernel(
         num_windows_ptr + _offset(num_windows_strides, batch, head) + tile * num_windows_strides[2]
     )
     for step in range(count * PARTS):
-        key = tl.load(lists + step // PARTS) + step % PARTS * BLOCK_N + keys
-        exists = key < num_keys
-        k = _load_rows(k_base, key, k_strides[2], exists, dims, HEAD_DIM, False)
-        v = _load_rows(v_base, key, v_strides[2], exists, dims, HEAD_DIM, False)
+        start = tl.load(lists + step // PARTS) + step % PARTS * BLOCK_N
+        k = _load_tile(
+            k_descriptor,
+            k_base,
+            plane,
+            start,
+            k_strides[2],
+            num_keys,
+            HEAD_DIM,
+            BLOCK_N,
+            BLOCK_D,
+            USE_TMA,
+        )
+        v = _load_tile(
+            v_descriptor,
+            v_base,
+            plane,
+            start,
+            v_strides[2],
+            num_keys,
+            HEAD_DIM,
+            BLOCK_N,
+            BLOCK_D,
+            USE_TMA,
+        )
+        key = start + keys
         seen = key[None, :] <= positions[:, None]
         if HAS_LOCAL_WINDOW:
             near = positions[:, None] - key[None, :] < num_local
@@ -194,18 +267,35 @@ class LaunchOptions(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    use_tma: bool
 
 
-def launch_options(*, head_dim: int, query_tile: int, key_tile: int) -> LaunchOptions:
-    """Tile sizes that fit registers and shared memory of sm_80 and newer.
+def launch_options(
+    *, head_dim: int, element_size: int, query_tile: int, key_tile: int, capability: tuple[int, int]
+) -> LaunchOptions:
+    """What to launch, as measured on an H100 and checked for spills by ``make kernels``.
 
-    A head dim above 128 doubles the accumulator, so the tile is halved to stay within 255 registers
-    a thread; 64 keys per step let three stages of K and V fit into 164 KB (sm_80).
+    Hopper and newer load whole tiles of K and V by the tensor memory accelerator; 128 x 128 with
+    two stages then fills 160 KB of shared memory and 217 registers. Older chips gather by pointers,
+    64 keys a step, so that three stages fit 164 KB. A head dim above 128, or fp32, doubles a tile's
+    bytes and halves its side.
+
+    Args:
+        head_dim: D.
+        element_size: bytes per element of q, k and v.
+        query_tile: rows of the plan's tiles.
+        key_tile: keys of the plan's tiles.
+        capability: compute capability, (9, 0) for H100.
     """
-    block_m = min(query_tile, 128 if head_dim <= 128 else 64)
-    block_n = min(key_tile, 64)
+    use_tma = capability >= (9, 0)
+    is_wide = head_dim * element_size > 256
+    block_m = min(query_tile, 64 if is_wide else 128)
+    block_n = min(key_tile, 128 if use_tma and not is_wide else 64)
+    if is_wide and element_size > 2:
+        block_n = min(block_n, 32)
     num_warps = 8 if block_m == 128 else 4
-    return LaunchOptions(block_m, block_n, num_warps, num_stages=3 if head_dim <= 128 else 2)
+    num_stages = 2 if use_tma or is_wide else 3
+    return LaunchOptions(block_m, block_n, num_warps, num_stages, use_tma)
 
 
 def block_sparse_attention(
@@ -215,65 +305,77 @@ def block_sparse_attention(
     if not q.is_cuda:
         _check_interpreter(q)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    batch, num_heads, num_queries, head_dim = q.shape
+    options = launch_options(
+        head_dim=head_dim,
+        element_size=q.element_size(),
+        query_tile=plan.grid.query_tile,
+        key_tile=plan.grid.key_tile,
+        capability=torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0),
+    )
+    if options.use_tma:
+        k, v = _for_descriptor(k), _for_descriptor(v)
     ordered_k, ordered_v = k, v
     if plan.order is not None:
         ordered_k = gather_keys(k, plan.order) if plan.ordered_keys is None else plan.ordered_keys
         ordered_v = gather_keys(v, plan.order)
+    block_d = triton.next_power_of_2(max(head_dim, 16))
+    descriptors: list[TensorDescriptor | None] = [None] * 4
+    if options.use_tma:
+        box = [1, options.block_n, block_d]
+        descriptors = [
+            TensorDescriptor.from_tensor(x.flatten(0, 1), box) for x in (k, v, ordered_k, ordered_v)
+        ]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lists = _PlanPointers.of(plan)
-    grid_tiles = plan.grid
-    batch, num_heads, num_queries, head_dim = q.shape
-    options = launch_options(
-        head_dim=head_dim, query_tile=grid_tiles.query_tile, key_tile=grid_tiles.key_tile
-    )
     programs = (triton.cdiv(num_queries, options.block_m), batch * num_heads)
-    block_sparse_attention_fwd_kernel[programs](
-        q,
-        k,
-        v,
-        ordered_k,
-        ordered_v,
-        out,
-        lists.blocks,
-        lists.num_blocks,
-        lists.windows,
-        lists.num_windows,
-        lists.columns,
-        lists.num_columns,
-        lists.query_order,
-        lists.local_window,
-        q.stride(),
-        k.stride(),
-        v.stride(),
-        ordered_k.stride(),
-        ordered_v.stride(),
-        out.stride(),
-        lists.blocks.stride(),
-        lists.num_blocks.stride(),
-        lists.windows.stride(),
-        lists.num_windows.stride(),
-        lists.columns.stride(),
-        lists.num_columns.stride(),
-        lists.query_order.stride(),
-        scale * LOG2_E,
-        num_heads,
-        num_queries,
-        k.shape[2],
-        KV_GROUP=num_heads // k.shape[1],
-        ORDER_GROUP=num_heads // ordered_k.shape[1],
-        HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(max(head_dim, 16)),
-        BLOCK_M=options.block_m,
-        BLOCK_N=options.block_n,
-        QUERY_TILE=grid_tiles.query_tile,
-        KEY_TILE=grid_tiles.key_tile,
-        HAS_COLUMNS=plan.columns is not None,
-        HAS_QUERY_ORDER=plan.query_order is not None,
-        HAS_LOCAL_WINDOW=plan.local_window is not None,
-        num_warps=options.num_warps,
-        num_stages=options.num_stages,
-    )
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        block_sparse_attention_fwd_kernel[programs](
+            q,
+            k,
+            v,
+            ordered_k,
+            ordered_v,
+            *descriptors,
+            out,
+            *lists,
+            q.stride(),
+            k.stride(),
+            v.stride(),
+            ordered_k.stride(),
+            ordered_v.stride(),
+            out.stride(),
+            *(x.stride() for x in lists[:7]),
+            scale * LOG2_E,
+            num_heads,
+            k.shape[1],
+            ordered_k.shape[1],
+            num_queries,
+            k.shape[2],
+            KV_GROUP=num_heads // k.shape[1],
+            ORDER_GROUP=num_heads // ordered_k.shape[1],
+            HEAD_DIM=head_dim,
+            BLOCK_D=block_d,
+            BLOCK_M=options.block_m,
+            BLOCK_N=options.block_n,
+            QUERY_TILE=plan.grid.query_tile,
+            KEY_TILE=plan.grid.key_tile,
+            HAS_COLUMNS=plan.columns is not None,
+            HAS_QUERY_ORDER=plan.query_order is not None,
+            HAS_LOCAL_WINDOW=plan.local_window is not None,
+            USE_TMA=options.use_tma,
+            num_warps=options.num_warps,
+            num_stages=options.num_stages,
+        )
     return out
+
+
+def _for_descriptor(x: Tensor) -> Tensor:
+    """x if sequences and heads form one dimension and rows start at 16 bytes, else a copy."""
+    step = 16 // x.element_size()
+    fits = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    aligned = x.stride(1) % step == 0 and x.stride(2) % step == 0 and x.data_ptr() % 16 == 0
+    return x if fits and aligned else x.contiguous()
 
 
 def _check_interpreter(q: Tensor) -> None:
@@ -298,7 +400,7 @@ class _PlanPointers(NamedTuple):
     num_windows: Tensor
     columns: Tensor
     num_columns: Tensor
-    query_order: Tensor
+    query_order: Tensor  # the last that travels with its strides
     local_window: Tensor
 
     @classmethod
