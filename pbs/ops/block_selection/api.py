@@ -1,0 +1,50 @@
+"""Selection by cumulative probability, fused with making the lists. Legend: :mod:`pbs.ops.grid`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from torch import Tensor
+
+
+def select_top_p_blocks(
+    probabilities: Tensor,
+    *,
+    threshold: float,
+    candidates: Tensor,
+    limits: Tensor,
+    forced: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Keep, per query block, the fewest key blocks whose probability reaches the threshold.
+
+    Args:
+        probabilities: fp32 ``[Z, Hq, Tq, Tk]``; rows sum to at most 1 over their candidates.
+        threshold: cumulative probability to reach (τ), in (0, 1]; 1 keeps every candidate.
+        candidates: how many leading key blocks take part in each row, int ``[Tq]``.
+        limits: how many leading key blocks may be listed in each row, int ``[Tq]``, at most
+            ``candidates``; the rest (the diagonal) is computed anyway.
+        forced: a key block to list whatever its probability, int ``[1 or Z, 1 or Hq]``.
+        backend: "auto" (Triton on a CUDA device, else the reference), "reference" or "triton".
+
+    Returns:
+        Ascending key blocks, int32 ``[Z, Hq, Tq, F]``, and how many are valid, int32
+        ``[Z, Hq, Tq]``. Entries past a row's count are undefined. Ties go to the lower index.
+
+    Source: arXiv 2510.21270, section 3.3. A block is kept iff the sum of the more probable ones is
+    below τ, so a row whose rounded sum never reaches τ keeps all its blocks; the reference code of
+    the paper drops them.
+    """
+    if probabilities.ndim != 4:
+        raise ValueError(
+            f"expected probabilities [Z, Hq, Tq, Tk], got {tuple(probabilities.shape)}"
+        )
+    if backend not in ("auto", "reference", "triton"):
+        raise ValueError(f"unknown backend {backend!r}; valid: auto, reference, triton")
+    if backend == "auto":
+        backend = "triton" if probabilities.is_cuda else "reference"
+    module = import_module(f"pbs.ops.block_selection.{backend}")
+    selected: tuple[Tensor, Tensor] = module.select_top_p_blocks(
+        probabilities, threshold=threshold, candidates=candidates, limits=limits, forced=forced
+    )
+    return selected

@@ -1,0 +1,73 @@
+"""The public functions: Triton on a CUDA device, else eager PyTorch. Legend: :mod:`pbs.ops.grid`.
+
+P proxy queries.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+from torch import Tensor
+
+
+def key_importance(proxy: Tensor, k: Tensor, *, scale: float, backend: str = "auto") -> Tensor:
+    """Mean attention probability of each key over the proxy queries, without a causal mask.
+
+    Args:
+        proxy: ``[Z, Ho, P, D]``.
+        k: ``[Z, Hkv, N, D]``, Ho a multiple of Hkv.
+        scale: factor of the logits.
+        backend: "auto", "reference" or "triton".
+
+    Returns:
+        fp32 ``[Z, Ho, N]``; never more than a bounded chunk of the P x N scores is in memory.
+
+    Source: arXiv 2510.21270, section 3.2.
+    """
+    importance: Tensor = _backend(backend, k).key_importance(proxy, k, scale=scale)
+    return importance
+
+
+def sort_segments(
+    scores: Tensor, *, num_keys: int, segment_size: int, backend: str = "auto"
+) -> Tensor:
+    """Positions of the keys by descending score inside each segment, ties in natural order.
+
+    Args:
+        scores: not negative, fp32 ``[Z, Ho, n S]``, one per key of the complete segments.
+        num_keys: Nk; keys from n S on keep their place.
+        segment_size: S.
+        backend: "auto", "reference" or "triton".
+
+    Returns:
+        int64 ``[Z, Ho, Nk]``.
+    """
+    order: Tensor = _backend(backend, scores).sort_segments(
+        scores, num_keys=num_keys, segment_size=segment_size
+    )
+    return order
+
+
+def gather_keys(x: Tensor, order: Tensor, *, backend: str = "auto") -> Tensor:
+    """Keys or values in the order of each head.
+
+    Args:
+        x: ``[Z, Hkv, Nk, D]``.
+        order: original position of the key at each place, int64 ``[Z, Ho, Nk]``, Ho a multiple of
+            Hkv.
+        backend: "auto", "reference" or "triton".
+
+    Returns:
+        ``[Z, Ho, Nk, D]``, contiguous.
+    """
+    gathered: Tensor = _backend(backend, x).gather_keys(x, order)
+    return gathered
+
+
+def _backend(name: str, x: Tensor) -> ModuleType:
+    if name not in ("auto", "reference", "triton"):
+        raise ValueError(f"unknown backend {name!r}; valid: auto, reference, triton")
+    if name == "auto":
+        name = "triton" if x.is_cuda else "reference"
+    return import_module(f"pbs.ops.permutation.{name}")

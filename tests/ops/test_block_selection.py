@@ -1,0 +1,100 @@
+import pytest
+import torch
+
+from pbs.ops.block_selection import select_top_p_blocks
+from pbs.ops.block_selection.triton import MAX_KEY_TILES
+
+BACKENDS = ["reference", "triton"]
+
+
+def lists(probabilities, threshold, backend, *, candidates=None, limits=None, forced=None):
+    """The selected blocks of every row, as Python lists."""
+    num_rows, num_tiles = probabilities.shape[-2:]
+    candidates = torch.full((num_rows,), num_tiles) if candidates is None else candidates
+    blocks, counts = select_top_p_blocks(
+        probabilities,
+        threshold=threshold,
+        candidates=candidates,
+        limits=candidates if limits is None else limits,
+        forced=forced,
+        backend=backend,
+    )
+    assert blocks.dtype == counts.dtype == torch.int32
+    rows = zip(blocks.flatten(0, 2), counts.flatten(), strict=True)
+    return [row[:count].tolist() for row, count in rows]
+
+
+def select(row, threshold, backend):
+    return lists(torch.tensor(row)[None, None, None], threshold, backend)[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fewest_blocks_that_reach_the_threshold(backend):
+    row = [0.1, 0.5, 0.15, 0.25]
+    assert select(row, 0.5, backend) == [1]
+    assert select(row, 0.51, backend) == [1, 3]
+    assert select(row, 0.9, backend) == [1, 2, 3]
+    assert select(row, 0.95, backend) == [0, 1, 2, 3]
+    assert select(row, 1.0, backend) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ties_go_to_the_lower_index(backend):
+    assert select([0.25, 0.25, 0.25, 0.25], 0.5, backend) == [0, 1]
+    assert select([0.2, 0.3, 0.3, 0.2], 0.7, backend) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_row_that_rounds_below_the_threshold_keeps_all_its_blocks(backend):
+    # The original selects nothing where no rounded sum reaches the threshold.
+    assert select([0.3, 0.3, 0.2, 0.19, 0.0], 0.9999, backend) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("threshold", [0.3, 0.8, 0.99, 1.0])
+@pytest.mark.parametrize("has_forced", [False, True])
+def test_candidates_limits_and_forced_blocks(threshold, has_forced, backend):
+    generator = torch.Generator().manual_seed(0)
+    tiles = torch.arange(19)
+    candidates = (tiles + 1).clamp(max=14)
+    logits = torch.randn(2, 2, 19, 19, generator=generator) * 3
+    logits = logits.masked_fill(tiles >= candidates[:, None], float("-inf"))
+    probabilities = logits.softmax(-1)
+    forced = torch.tensor([[4, 0], [17, 2]]) if has_forced else None
+    rows = lists(
+        probabilities,
+        threshold,
+        backend,
+        candidates=candidates,
+        limits=candidates - 1,
+        forced=forced,
+    )
+    flat = probabilities.flatten(0, 2)
+    for index, (row, kept) in enumerate(zip(flat, rows, strict=True)):
+        tile = index % 19
+        limit = int(candidates[tile]) - 1
+        order = row[: limit + 1].argsort(descending=True, stable=True)
+        before = row[order].double().cumsum(0) - row[order].double()
+        expected = set(order.tolist() if threshold == 1 else order[before < threshold].tolist())
+        if forced is not None:
+            expected.add(int(forced.flatten()[index // 19]))
+        assert kept == sorted(tile for tile in expected if tile < limit)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_without_candidates_list_nothing(backend):
+    none = torch.zeros(2, dtype=torch.long)
+    zeros = torch.zeros(1, 1, 2, 5)
+    for threshold in (0.5, 1.0):
+        assert lists(zeros, threshold, backend, candidates=none) == [[], []]
+
+
+def test_wrong_use_is_refused():
+    arguments = {"threshold": 0.5, "candidates": torch.ones(1), "limits": torch.ones(1)}
+    with pytest.raises(ValueError, match="expected probabilities"):
+        select_top_p_blocks(torch.ones(1, 1, 1), **arguments)
+    with pytest.raises(ValueError, match="unknown backend 'gpu'"):
+        select_top_p_blocks(torch.ones(1, 1, 1, 1), backend="gpu", **arguments)
+    wide = torch.ones(1).expand(1, 1, 1, MAX_KEY_TILES + 1)
+    with pytest.raises(NotImplementedError, match="larger block_size"):
+        select_top_p_blocks(wide, backend="triton", **arguments)
