@@ -34,6 +34,45 @@ CASES = {
         )
         for selector in ("maxpool", "low_band", "oracle")
     },
+    **{
+        f"pbs-{order}": (
+            "pbs",
+            {"block_size": 32, "segment_size": 64, "threshold": 0.6, "order": order},
+            {"threshold": 1.0},
+        )
+        for order in ("random", "greedy", "random_query", "avg_query", "adaptive")
+    },
+    "pbs-adaptive-shared": (
+        "pbs",
+        {
+            "block_size": 16,
+            "segment_size": 64,
+            "threshold": 0.6,
+            "order": "adaptive",
+            "order_params": {"base": "greedy", "num_rows": 32},
+            "gqa": "shared",
+        },
+        {"threshold": 1},
+    ),
+    **{
+        f"pbs-{target}": (
+            "pbs",
+            {"block_size": 32, "segment_size": 64, "threshold": 0.6, "target": target},
+            {"threshold": 1.0},
+        )
+        for target in ("queries", "keys_then_queries", "queries_then_keys")
+    },
+    "pbs-adaptive-queries": (
+        "pbs",
+        {
+            "block_size": 16,
+            "segment_size": 64,
+            "threshold": 0.6,
+            "order": "adaptive",
+            "target": "queries_then_keys",
+        },
+        {"threshold": 1.0},
+    ),
     "xattention": (
         "xattention",
         {"block_size": 32, "threshold": 0.6},
@@ -51,6 +90,21 @@ CASES = {
         {"gamma": 1},
     ),
     "prism": ("prism", {"block_size": 32, "threshold": 0.6}, {"threshold": 1.0}),
+    "minference": (
+        "minference",
+        {"vertical_size": 12, "slash_size": 10, "num_sinks": 4, "num_local": 8},
+        {"slash_size": 1 << 20},
+    ),
+    "streaming": (
+        "streaming",
+        {"block_size": 32, "n_init": 20, "n_local": 70},
+        {"n_local": 1 << 20},
+    ),
+    "streaming-tri": (
+        "streaming",
+        {"block_size": 32, "n_init": 20, "n_local": 70, "num_last_full": 20},
+        {"n_local": 1 << 20},
+    ),
     "pbs-none": (
         "pbs",
         {"block_size": 32, "segment_size": 32, "threshold": 0.5, "order": "none"},
