@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from pbs import BlockGrid, block_sparse_attention
+from pbs.ops.block_selection import select_top_p_blocks
 from pbs.ops.dense import dense_attention
+from pbs.ops.permutation import gather_keys, key_importance, sort_segments
 from pbs.testing import assert_within_budget, make_qkv
 from tests.methods.cases import CASES, build
 from tests.ops.attention_truth import causal_mask, eager_attention, exact_attention
@@ -72,6 +74,43 @@ def test_densest_setting_equals_dense_attention_in_bf16(case):
     assert_within_budget(
         out, eager_attention(q, k, v, mask, scale), exact_attention(q, k, v, mask, scale)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("segment_size", [256, 2048])
+def test_permutation_kernels_match_their_references(segment_size, dtype):
+    q, k, _ = make_qkv(2, 4, 2, 9000, 128, num_queries=128, dtype=dtype, structure="vertical")
+    scores = key_importance(q.cuda(), k.cuda(), scale=0.1)
+    expected = key_importance(q, k, scale=0.1, backend="reference")
+    torch.testing.assert_close(scores.cpu(), expected, rtol=1e-2, atol=1e-6)
+    scores = scores[..., : 9000 // segment_size * segment_size]
+    arguments = {"num_keys": 9000, "segment_size": segment_size}
+    order = sort_segments(scores, **arguments)
+    assert torch.equal(order.cpu(), sort_segments(scores.cpu(), **arguments))
+    assert torch.equal(gather_keys(k.cuda(), order).cpu(), gather_keys(k, order.cpu()))
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.9, 1.0])
+@pytest.mark.parametrize("num_tiles", [63, 1000, 4096])
+def test_selection_kernel_matches_its_reference(num_tiles, threshold):
+    generator = torch.Generator().manual_seed(0)
+    tiles = torch.arange(num_tiles)
+    logits = torch.randn(1, 2, 40, num_tiles, generator=generator) * 3
+    limits = torch.linspace(0, num_tiles, 40).long()
+    logits = logits.masked_fill(tiles >= limits[:, None], float("-inf"))
+    p = logits.softmax(-1).nan_to_num(0.0)
+    arguments = {"threshold": threshold, "candidates": limits, "limits": limits}
+    forced = torch.tensor([[0, 3]])
+    blocks, counts = select_top_p_blocks(p, forced=forced, **arguments)
+    on_gpu = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    ours, our_counts = select_top_p_blocks(p.cuda(), forced=forced.cuda(), **on_gpu)
+    # A sum in another order decides otherwise about a block at the threshold, rarely.
+    assert (our_counts.cpu() - counts).abs().max() <= 1
+    same = our_counts.cpu() == counts
+    assert same.float().mean() > 0.95
+    width = blocks.shape[-1]
+    valid = (torch.arange(width) < counts.unsqueeze(-1)) & same.unsqueeze(-1)
+    assert torch.equal(ours.cpu()[..., :width][valid], blocks[valid])
 
 
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 500), (500, 500), (130, 500)])

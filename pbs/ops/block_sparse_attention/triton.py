@@ -277,8 +277,8 @@ def launch_options(
 
     Hopper and newer load whole tiles of K and V by the tensor memory accelerator; 128 x 128 with
     two stages then fills 160 KB of shared memory and 217 registers. Older chips gather by pointers,
-    64 keys a step, so that three stages fit 164 KB. A head dim above 128, or fp32, doubles a tile's
-    bytes and halves its side.
+    64 keys a step, so that three stages fit 164 KB. A head dim above 128 doubles a tile's bytes and
+    halves its side.
 
     Args:
         head_dim: D.
@@ -288,11 +288,12 @@ def launch_options(
         capability: compute capability, (9, 0) for H100.
     """
     use_tma = capability >= (9, 0)
-    is_wide = head_dim * element_size > 256
+    if element_size > 2:
+        # No matrix unit multiplies fp32 exactly: small tiles keep the products in registers.
+        return LaunchOptions(min(query_tile, 32), min(key_tile, 32), 4, 2, use_tma)
+    is_wide = head_dim > 128
     block_m = min(query_tile, 64 if is_wide else 128)
     block_n = min(key_tile, 128 if use_tma and not is_wide else 64)
-    if is_wide and element_size > 2:
-        block_n = min(block_n, 32)
     num_warps = 8 if block_m == 128 else 4
     num_stages = 2 if use_tma or is_wide else 3
     return LaunchOptions(block_m, block_n, num_warps, num_stages, use_tma)
