@@ -1,0 +1,84 @@
+"""What a bench is. A new one is a file with such a class, a line in BENCHES and a file in conf/."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from experiments.config import RunConfig
+from experiments.store import Record
+from pbs.registry import Registry
+
+if TYPE_CHECKING:
+    from experiments.models import LoadedModel
+    from pbs.methods import AttentionMethod
+
+# One line per bench. The modules must be quick to import: heavy imports go into their functions.
+BENCHES = Registry("bench", {"needle": "experiments.needle:NeedleBench"})
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a bench works with.
+
+    Attributes:
+        cfg: the whole configuration.
+        method: the method under test.
+        model: the loaded model, not patched; None if the bench needs none.
+        folder: the run's folder, for pictures and other files.
+        done: ids of the samples an earlier process measured: not to be measured again.
+        announce: tells how many samples there are in all, before the first is measured.
+        add: takes one record, which has a ``sample_id``; it is on disk when this returns.
+    """
+
+    cfg: RunConfig
+    method: AttentionMethod
+    model: LoadedModel | None
+    folder: Path
+    done: frozenset[str]
+    announce: Callable[[int], None]
+    add: Callable[[Record], None]
+
+
+@dataclass(kw_only=True)
+class Bench(ABC):
+    """Measures a method. A dataclass: its fields are its parameters, with their defaults.
+
+    Args:
+        limit: samples per task at most; marks the result as partial.
+    """
+
+    needs_model: ClassVar[bool] = True
+
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the parameters; subclasses call ``super().__post_init__()`` first."""
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"bench.limit must be at least 1, or null for all, got {self.limit}")
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the result stands for less than the whole bench."""
+        return self.limit is not None
+
+    @abstractmethod
+    def run(self, context: Context) -> None:
+        """Measure every sample that is not done and hand over its record."""
+
+    @abstractmethod
+    def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Metrics of the records; pure, so that a resumed run equals an undisturbed one.
+
+        Returns:
+            ``{"total": {...}, "cells": [{...}, ...], ...}``; ``cells`` become the rows of
+            :func:`experiments.results.load`. Names that tables and pictures know: ``accuracy``,
+            ``num_samples``, ``density``, ``coverage``, ``prefill_seconds``.
+        """
+
+    def draw(self, context: Context) -> list[Path]:  # noqa: ARG002 - most benches draw nothing
+        """Pictures of this run, in its folder."""
+        return []

@@ -1,0 +1,210 @@
+"""Runs one cell: folder, lock, resume, gate, bench, metrics, tracking. A failure is a result."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from experiments.bench import BENCHES, Bench, Context
+from experiments.compare import compare_with_dense, describe
+from experiments.config import RunConfig, parameters
+from experiments.console import SampleProgress, log_to, show_messages
+from experiments.environment import describe_environment
+from experiments.models import LoadedModel, load_model
+from experiments.store import Record, RunStore
+from experiments.tracking import Tracker
+from pbs.methods import AttentionMethod, build_method
+from pbs.registry import unknown
+
+logger = logging.getLogger(__name__)
+
+# Reports of the safety gate in this process, by model, method settings and seed.
+_GATE_REPORTS: dict[str, dict[str, Any]] = {}
+
+
+def run_cell(composed: DictConfig) -> Path:
+    """Run what Hydra composed, unless it is finished; returns the run's folder.
+
+    Raises:
+        ConfigError: a mandatory setting has no value. All other failures are recorded in
+            ``metrics.json`` and do not raise, so that a sweep goes on.
+    """
+    show_messages()
+    cfg = RunConfig.from_hydra(composed)
+    store = RunStore(cfg.folder)
+    with store.lock(), log_to(store.log_path):
+        _run_locked(cfg, store, overrides=_overrides())
+    return cfg.folder
+
+
+def build_bench(settings: Mapping[str, Any]) -> Bench:
+    """Make a bench from its settings, as :func:`pbs.build_method` makes a method.
+
+    Raises:
+        ValueError: unknown name or parameter, or a value outside its range.
+    """
+    bench_class = BENCHES.load(settings["name"])
+    valid = [name for name, entry in bench_class.__dataclass_fields__.items() if entry.init]
+    for param in parameters(settings):
+        if param not in valid:
+            raise ValueError(unknown(f"parameter of bench {settings['name']!r}:", param, valid))
+    bench: Bench = bench_class(**parameters(settings))
+    return bench
+
+
+def _run_locked(cfg: RunConfig, store: RunStore, overrides: list[str]) -> None:
+    title = f"{cfg.bench['name']} · {cfg.model_name} · {describe(cfg.method)}"
+    if not cfg.resume:
+        store.clear()
+    metrics = store.metrics()
+    if metrics.get("status") == "finished":
+        num_samples = metrics["results"]["total"]["num_samples"]
+        logger.info(
+            "%s: finished: %d samples, nothing to do (resume=false runs it again), %s",
+            title,
+            num_samples,
+            store.folder,
+        )
+        return
+    if metrics:
+        logger.info("%s: %s earlier, trying again", title, metrics["status"])
+        store.metrics_path.unlink()
+    facts = {
+        "status": "failed",
+        "bench": cfg.bench["name"],
+        "model": cfg.model_name,
+        "method": cfg.method["name"],
+        "label": describe(cfg.method),
+        "hash": cfg.hash,
+        "sample_set": cfg.sample_set,
+        "overrides": overrides,
+    }
+    store.write_config(cfg.to_dict())
+    environment = describe_environment()
+    store.write_environment(environment)
+    facts["device"] = environment["device"]
+    tracker = Tracker(cfg.logger, cfg.paths)
+    tracker.start(
+        cfg.hash,
+        name=describe(cfg.method),
+        group=f"{cfg.bench['name']}/{cfg.model_name}",
+        kind="cell",
+        config={**cfg.to_dict(), "hash": cfg.hash, "environment": environment},
+    )
+    try:
+        bench, context, results = _measure(cfg, store, tracker, title)
+    except Exception as error:  # the one boundary: a cell's failure is a result
+        # The terminal shows the message only, run.log the traceback too.
+        logger.exception("%s: failed: %s: %s", title, type(error).__name__, error)
+        store.write_metrics({**facts, "error": _describe_error(error)})
+        tracker.finish({"status": "failed", "error": str(error)}, failed=True)
+        # A cell that ran out of memory must not starve the next one.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return
+    metrics = {**facts, **results, "status": "finished"}
+    store.write_metrics(metrics)
+    pictures = _draw(bench, context)
+    tracker.finish(_summary(metrics), table=metrics["results"]["cells"], pictures=pictures)
+    logger.info("%s: finished in %.0f s, %s", title, metrics["seconds"], store.folder)
+
+
+def _measure(
+    cfg: RunConfig, store: RunStore, tracker: Tracker, title: str
+) -> tuple[Bench, Context, dict[str, Any]]:
+    """Everything between an empty or half-filled folder and its metrics."""
+    torch.manual_seed(cfg.seed)
+    bench = build_bench(cfg.bench)
+    method = build_method(cfg.method["name"], **parameters(cfg.method))
+    model = load_model(cfg.model) if bench.needs_model else None
+    gate = None
+    if cfg.check and model is not None:
+        gate = _check(cfg, model, method)
+    done = store.samples()
+    with store.appending() as appender, SampleProgress(title) as progress:
+        num_done = len(done)
+
+        def add(record: Record) -> None:
+            nonlocal num_done
+            appender.append(record)
+            num_done += 1
+            tracker.log_sample(record, num_done)
+            progress.advance()
+
+        context = Context(
+            cfg=cfg,
+            method=method,
+            model=model,
+            folder=store.folder,
+            done=frozenset(record["sample_id"] for record in done),
+            announce=lambda total: progress.start(total, len(done)),
+            add=add,
+        )
+        bench.run(context)
+    records = store.samples()
+    results = {
+        "partial": bench.is_partial,
+        "seconds": sum(record.get("seconds", 0.0) for record in records),
+        "results": bench.summarise(records),
+        "against_dense": compare_with_dense(cfg, records),
+        "gate": gate,
+    }
+    return bench, context, results
+
+
+def _draw(bench: Bench, context: Context) -> list[Path]:
+    """The run's pictures; the result is on disk, so a picture that fails costs a warning."""
+    try:
+        return bench.draw(context)
+    except (ValueError, RuntimeError, OSError) as error:
+        logger.warning("no picture of this run: %s", error)
+        return []
+
+
+def _check(cfg: RunConfig, model: LoadedModel, method: AttentionMethod) -> dict[str, Any]:
+    """The safety gate, once per process for a model, a method's settings and a seed.
+
+    Raises:
+        GateError: the method is wrong on this model; nothing was measured.
+    """
+    from experiments.gate import run_gate
+
+    key = repr((cfg.model, cfg.method, cfg.seed))
+    if key not in _GATE_REPORTS:
+        report = run_gate(model.model, model.tokenizer, method, device=model.device, seed=cfg.seed)
+        _GATE_REPORTS[key] = report.to_dict()
+        logger.info("safety gate passed in %.1f s", report.seconds)
+    return _GATE_REPORTS[key]
+
+
+def _summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers a tracker shows for the run."""
+    total = metrics["results"]["total"]
+    numbers = {key: value for key, value in total.items() if isinstance(value, int | float)}
+    return {"status": metrics["status"], "partial": metrics["partial"], **numbers}
+
+
+def _describe_error(error: Exception) -> dict[str, str]:
+    return {
+        "type": type(error).__name__,
+        "message": str(error),
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+
+
+def _overrides() -> list[str]:
+    """What the user typed for this cell, with the model in any case."""
+    if not HydraConfig.initialized():
+        return []
+    hydra = HydraConfig.get()
+    typed = list(hydra.overrides.task)
+    if any(text.startswith("model=") for text in typed):
+        return typed
+    return [f"model={hydra.runtime.choices['model']}", *typed]

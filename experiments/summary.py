@@ -1,0 +1,121 @@
+"""What a command ends with: one table over its cells, the pictures, and where everything lies."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.compare import config_of
+from experiments.console import show_messages
+from experiments.store import RunStore
+from experiments.table import Row, make_rows, show, write
+from experiments.tracking import Tracker
+
+logger = logging.getLogger(__name__)
+
+PICTURE = "accuracy_density.png"
+
+
+def report(folders: Sequence[Path]) -> int:
+    """Print the table of these runs, draw their pictures. Returns the exit status: 1 if one failed.
+
+    Args:
+        folders: run folders, in the order they ran.
+    """
+    show_messages()
+    groups: dict[Path, list[Path]] = {}
+    for folder in folders:
+        cells = groups.setdefault(folder.parent.parent, [])
+        if folder not in cells:
+            cells.append(folder)
+    is_failed = False
+    for group, cells in groups.items():
+        rows = make_rows(cells)
+        is_failed |= any(row["status"] != "finished" for row in rows)
+        write(group, rows)
+        show(group, rows)
+        is_stale = _is_stale(group, cells)
+        if is_stale:
+            _draw(group, config_of(cells[-1]).sample_set)
+        pictures = [path for folder in (group, *cells) for path in sorted(folder.glob("*.png"))]
+        for note in _notes(group, rows, pictures):
+            logger.info("%s", note)
+        if is_stale:
+            _track(group, cells, rows, pictures)
+    return int(is_failed)
+
+
+def _is_stale(group: Path, cells: Sequence[Path]) -> bool:
+    """Whether a run is newer than the picture; if none is, there is nothing to draw or track."""
+    picture = group / PICTURE
+    metrics = [path for path in (cell / "metrics.json" for cell in cells) if path.exists()]
+    if not picture.exists():
+        return True
+    return any(path.stat().st_mtime > picture.stat().st_mtime for path in metrics)
+
+
+def _draw(group: Path, sample_set: str) -> None:
+    """Accuracy against density over all finished runs of this bench and model on equal samples."""
+    runs = []
+    for path in sorted(group.glob("*/*/metrics.json")):
+        metrics = RunStore(path.parent).metrics()
+        total = metrics.get("results", {}).get("total", {})
+        is_known = total.get("accuracy") is not None and total.get("density") is not None
+        if not is_known or metrics["sample_set"] != sample_set:
+            continue
+        runs.append(
+            {
+                **{key: metrics[key] for key in ("method", "bench", "model")},
+                **{key: total[key] for key in ("accuracy", "density", "num_samples")},
+                "setting": metrics["label"].partition(" ")[2],
+            }
+        )
+    if runs:
+        from experiments.pictures import draw_accuracy_density
+
+        draw_accuracy_density(pd.DataFrame(runs), group / PICTURE)
+
+
+def _notes(group: Path, rows: Sequence[Row], pictures: Iterable[Path]) -> list[str]:
+    """What to know and where to look."""
+    notes = []
+    if any(row.get("prefill_seconds") for row in rows):
+        notes.append(
+            "brackets: accuracy and difference 95 % intervals (Wilson; paired, Newcombe), "
+            "time 20th to 80th percentile"
+        )
+    commands = {row["dense_command"]: None for row in rows if row["dense_command"]}
+    notes += [f"no dense run to compare with; make it with: {command}" for command in commands]
+    notes += [
+        f"failed: {row['label']}: {_first_line(row['error'])} ({row['path']}/metrics.json)"
+        for row in rows
+        if row["status"] == "failed"
+    ]
+    notes.append(f"results: {group}, table: {group / 'summary.csv'} and summary.md")
+    notes += [f"picture: {path}" for path in pictures]
+    return notes
+
+
+def _first_line(text: str) -> str:
+    return text.split("\n")[0]
+
+
+def _track(
+    group: Path, cells: Sequence[Path], rows: Sequence[Row], pictures: Sequence[Path]
+) -> None:
+    """The comparison as a W&B run of its own, one per bench and model."""
+    cfg = config_of(cells[-1])
+    tracker = Tracker(cfg.logger, cfg.paths)
+    name = f"{group.parent.name}-{group.name}"
+    tracker.start(
+        f"comparison-{name}",
+        name=f"comparison {name}",
+        group=f"{group.parent.name}/{group.name}",
+        kind="comparison",
+        config={"cells": [cell.name for cell in cells]},
+    )
+    numbers = {f"accuracy/{row['label']}": row.get("accuracy") for row in rows}
+    tracker.finish(numbers, table=rows, pictures=pictures)

@@ -1,0 +1,190 @@
+"""The table a command ends with: one row per run, against dense attention on the same samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from experiments.compare import compare_with_dense, config_of, dense_command, find_dense
+from experiments.config import DENSE, RunConfig
+from experiments.store import RunStore, write_atomically
+
+Row = dict[str, Any]
+
+
+def make_rows(cells: Sequence[Path]) -> list[Row]:
+    """One row per run, the dense reference first if it is not among them."""
+    configs = {cell: config_of(cell) for cell in cells}
+    rows, seen = [], set(cells)
+    for cfg in configs.values():
+        dense = find_dense(cfg)
+        if dense is not None and dense.folder not in seen:
+            seen.add(dense.folder)
+            rows.append(_row(dense.folder, cfg))
+    rows += [_row(cell, cfg) for cell, cfg in configs.items()]
+    _tell_apart(rows, {str(cell): cfg for cell, cfg in configs.items()})
+    return rows
+
+
+def _row(folder: Path, cfg: RunConfig) -> Row:
+    """The numbers of one run; ``cfg`` is its own or that of a run on the same samples."""
+    store = RunStore(folder)
+    metrics = store.metrics()
+    row: Row = {
+        "label": metrics.get("label", folder.parent.name),
+        "method": folder.parent.name,
+        "hash": folder.name,
+        "status": metrics.get("status", "interrupted"),
+        "partial": metrics.get("partial"),
+        "error": (metrics.get("error") or {}).get("message"),
+        "path": str(folder),
+        "dense_command": None,
+    }
+    if row["status"] != "finished":
+        return row
+    results = metrics["results"]
+    length, timed = _longest(results)
+    totals = ("num_samples", "accuracy", "accuracy_low", "accuracy_high", "density", "coverage")
+    row |= {key: results["total"].get(key) for key in totals}
+    row |= {"timed_length": length}
+    row |= {key: timed.get(key) for key in ("prefill_seconds", "prefill_p20", "prefill_p80")}
+    dense = find_dense(cfg)
+    if dense is None:
+        row["dense_command"] = dense_command(cfg, metrics["overrides"])
+        return row
+    if row["method"] != DENSE:
+        paired = compare_with_dense(cfg, store.samples()) or {}
+        row |= {key: paired.get(key) for key in ("difference", "low", "high", "p_value")}
+    dense_metrics = dense.metrics()
+    reference = _longest(dense_metrics["results"])[1].get("prefill_seconds")
+    # Times of two machines say nothing about two methods.
+    if dense_metrics["device"] == metrics["device"] and reference and row["prefill_seconds"]:
+        row["speed_up"] = reference / row["prefill_seconds"]
+    return row
+
+
+def _tell_apart(rows: Sequence[Row], configs: Mapping[str, RunConfig]) -> None:
+    """Add to equal labels what else differs between the runs, such as a swept seed."""
+    flat = {path: _flatten(cfg) for path, cfg in configs.items()}
+    for row in rows:
+        twins = [other["path"] for other in rows if other["label"] == row["label"]]
+        if len(twins) < 2 or any(path not in flat for path in twins):
+            continue
+        own = flat[row["path"]]
+        differing = [key for key in own if len({flat[path].get(key) for path in twins}) > 1]
+        row["suffix"] = " ".join(f"{key}={own[key]}" for key in differing)
+    for row in rows:
+        row["label"] = f"{row['label']} {row.pop('suffix', '')}".strip()
+
+
+def _flatten(cfg: RunConfig) -> dict[str, str]:
+    tree = cfg.to_dict()
+    groups = {
+        f"{name}.{key}": str(value)
+        for name in ("model", "bench")
+        for key, value in tree[name].items()
+    }
+    return {**groups, "seed": str(cfg.seed)}
+
+
+def _longest(results: Mapping[str, Any]) -> tuple[int | None, Mapping[str, Any]]:
+    """The longest length and its numbers: times of different lengths are not to be mixed."""
+    by_length = results.get("by_length") or {}
+    if not by_length:
+        return None, results["total"]
+    length = max(by_length, key=int)
+    return int(length), by_length[length]
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Heading to formatted cells."""
+    lengths = {row["timed_length"] for row in rows if row.get("timed_length")}
+    where = f" at {lengths.pop()} tokens" if len(lengths) == 1 else ""
+    return {
+        "method": [row["label"] for row in rows],
+        "accuracy, %": [_percent(row, "accuracy", "accuracy_low", "accuracy_high") for row in rows],
+        "difference to dense, points": [_difference(row) for row in rows],
+        "density, %": [_percent(row, "density") for row in rows],
+        "coverage, %": [_percent(row, "coverage") for row in rows],
+        f"prefill{where}, ms": [_time(row) for row in rows],
+        "speed-up over dense": [_speed_up(row) for row in rows],
+    }
+
+
+def _percent(row: Row, key: str, low: str = "", high: str = "") -> str:
+    if row["status"] != "finished":
+        return row["status"] if key == "accuracy" else ""
+    if row.get(key) is None:
+        return "–"
+    text = f"{100 * row[key]:.1f}"
+    return f"{text} [{100 * row[low]:.1f}, {100 * row[high]:.1f}]" if low else text
+
+
+def _difference(row: Row) -> str:
+    if row["status"] != "finished":
+        return ""
+    if row["method"] == DENSE:
+        return "reference"
+    if row.get("difference") is None:
+        return "no dense run" if row["dense_command"] else "–"
+    return f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+
+
+def _time(row: Row) -> str:
+    if row.get("prefill_seconds") is None:
+        return ""
+    median, low, high = (
+        f"{1000 * row[key]:.0f}" for key in ("prefill_seconds", "prefill_p20", "prefill_p80")
+    )
+    return f"{median} [{low}, {high}]"
+
+
+def _speed_up(row: Row) -> str:
+    return f"{row['speed_up']:.2f}x" if row.get("speed_up") else ""
+
+
+def show(group: Path, rows: Sequence[Row]) -> None:
+    """The table on stdout; in a narrow terminal intervals and headings take lines of their own."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    is_narrow = console.width < 130
+    table = Table(
+        title=_title(group, rows),
+        title_justify="left",
+        box=None if is_narrow else SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    columns = _columns(rows)
+    for index, name in enumerate(columns):
+        heading = name.replace(" ", "\n") if is_narrow else name
+        if index == 0:
+            table.add_column(heading, overflow="fold")
+        else:
+            table.add_column(heading, justify="right", no_wrap=True)
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*(cell.replace(" [", "\n[") if is_narrow else cell for cell in cells))
+    console.print(table)
+
+
+def _title(group: Path, rows: Sequence[Row]) -> str:
+    counts = sorted({row["num_samples"] for row in rows if row.get("num_samples")})
+    samples = f"{' or '.join(map(str, counts)) or 'no'} samples a method"
+    partial = ", partial: a part of the bench only" if any(r["partial"] for r in rows) else ""
+    return f"{group.parent.name} on {group.name}, {samples}{partial}"
+
+
+def write(group: Path, rows: Sequence[Row]) -> None:
+    """The table as CSV with the raw numbers, and as Markdown."""
+    write_atomically(group / "summary.csv", pd.DataFrame(rows).to_csv(index=False))
+    columns = _columns(rows)
+    lines = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
+    text = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    write_atomically(group / "summary.md", f"{_title(group, rows)}\n\n{text}\n")

@@ -1,0 +1,159 @@
+"""Every file in conf composes, settings are typed, and equal settings have equal hashes."""
+
+from dataclasses import dataclass, field
+
+import pytest
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+from experiments.bench import BENCHES
+from experiments.config import CONF, ConfigError, ModelConfig, RunConfig, make_schema
+from pbs.methods import METHODS, build_method
+from pbs.orders import ORDERS
+from pbs.selectors import SELECTORS
+
+REGISTRIES = {"method": METHODS, "bench": BENCHES, "order": ORDERS, "selector": SELECTORS}
+OPTIONS = [
+    pytest.param(path.parent.name, path.stem, id=f"{path.parent.name}={path.stem}")
+    for path in sorted(CONF.glob("*/*.yaml"))
+    if path.parent.name != "hydra"
+]
+
+
+def cell(compose_cell, *overrides):
+    return RunConfig.from_hydra(compose_cell(*overrides, fast=False))
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_and_resolves(compose_cell, group, option):
+    extra = ["model.path=some/model"] if (group, option) == ("model", "hf") else []
+    cfg = cell(compose_cell, f"{group}={option}", *extra)
+    assert cfg.folder.name == cfg.hash
+    if group in ("method", "bench"):
+        # A file may be another setting of a method: minference_authors.
+        assert option.startswith(getattr(cfg, group)["name"])
+    if group in ("order", "selector"):
+        assert cfg.method[group] == option
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_says_what_it_is_and_how_to_run_it(group, option):
+    lines = (CONF / group / f"{option}.yaml").read_text().splitlines()
+    comments = [line for line in lines if line.startswith("# ") and "@package" not in line]
+    assert comments
+    assert group == "paths" or any("python run.py" in line for line in comments)
+
+
+@pytest.mark.parametrize("kind", REGISTRIES)
+def test_every_registered_name_has_an_option(kind):
+    options = {path.stem for path in (CONF / kind).glob("*.yaml")}
+    assert set(REGISTRIES[kind].names) <= options
+
+
+@pytest.mark.parametrize("name", METHODS.names)
+def test_an_option_states_no_default_of_its_own(compose_cell, name):
+    cfg = cell(compose_cell, f"method={name}")
+    params = {key: value for key, value in cfg.method.items() if key != "name"}
+    assert build_method(name, **params) == build_method(name)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "method.thresold=0.5",
+        "bench.task=[single]",
+        "model.pth=x",
+        "sed=1",
+        "method.threshold=high",
+        "method.block_size=12.5",
+        "bench.lengths=[long]",
+        "seed=x",
+    ],
+)
+def test_unknown_keys_and_wrong_types_are_refused(compose_cell, override):
+    with pytest.raises(ConfigCompositionException):
+        cell(compose_cell, "method=pbs", override)
+
+
+def test_an_order_for_a_method_without_orders_is_refused(compose_cell):
+    with pytest.raises(ConfigCompositionException, match="'order' not in 'FlashAttention'"):
+        cell(compose_cell, "method=flash", "order=none")
+
+
+def test_a_missing_value_names_the_key(compose_cell):
+    with pytest.raises(ConfigError, match=r"add model\.path="):
+        cell(compose_cell, "model=hf")
+
+
+def test_a_wrong_tracking_mode_is_refused(compose_cell):
+    with pytest.raises(ConfigError, match="offline, online, disabled"):
+        cell(compose_cell, "logger.mode=of")
+
+
+def test_group_and_key_give_the_same_hash(compose_cell):
+    by_group = cell(compose_cell, "method=pbs", "order=none", "selector=meanpool")
+    by_key = cell(compose_cell, "method=pbs", "method.order=none", "method.selector=meanpool")
+    assert by_group.hash == by_key.hash
+    assert by_group.hash != cell(compose_cell, "method=pbs").hash
+
+
+def test_a_stated_default_and_another_spelling_give_the_same_hash(compose_cell):
+    plain = cell(compose_cell, "method=pbs").hash
+    assert cell(compose_cell, "method=pbs", "method.threshold=0.90").hash == plain
+    whole = cell(compose_cell, "method=pbs", "method.threshold=1").hash
+    assert whole == cell(compose_cell, "method=pbs", "method.threshold=1.0").hash
+
+
+@pytest.mark.parametrize(
+    "override", ["paths.outputs=elsewhere", "logger.mode=disabled", "check=false", "resume=false"]
+)
+def test_what_changes_no_result_changes_no_hash(compose_cell, override):
+    assert cell(compose_cell, override).hash == cell(compose_cell).hash
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "method.threshold=0.8",
+        "seed=1",
+        "bench.lengths=[1024]",
+        "bench.limit=3",
+        "model.dtype=float16",
+    ],
+)
+def test_what_changes_a_result_changes_the_hash(compose_cell, override):
+    changed, plain = cell(compose_cell, override), cell(compose_cell)
+    assert changed.hash != plain.hash
+    assert (changed.sample_set == plain.sample_set) == override.startswith("method.")
+
+
+def test_the_hash_is_the_same_in_every_version():
+    cfg = RunConfig(
+        model=ModelConfig(name="tiny", path="experiments/tiny"),
+        method={"name": "pbs", "threshold": 0.9},
+        bench={"name": "needle"},
+    )
+    assert cfg.hash == RunConfig.from_dict(cfg.to_dict()).hash == "c27358703c3f"
+
+
+def test_dict_parameters_take_new_keys_from_the_command_line(compose_cell):
+    cfg = cell(compose_cell, "method=pbs", "method.order_params.num_queries=4")
+    assert cfg.method["order_params"] == {"num_queries": 4}
+
+
+def test_a_schema_has_the_fields_of_its_class():
+    @dataclass(kw_only=True)
+    class Thing:
+        size: int = 3
+        names: list[str] = field(default_factory=lambda: ["a"])
+        either: int | list[int] = 1
+        hidden: object = field(default=None, init=False)
+
+    node = OmegaConf.structured(make_schema(Thing, "thing"))
+    assert OmegaConf.to_container(node) == {
+        "name": "thing",
+        "size": 3,
+        "names": ["a"],
+        "either": 1,
+    }
+    node.either = [1, 2]  # a type OmegaConf cannot express takes anything

@@ -1,0 +1,111 @@
+"""Samples survive a kill, metrics are whole, and a run has one writer."""
+
+import json
+import math
+import multiprocessing
+import time
+
+import pytest
+
+from experiments.store import RunStore, to_json
+
+
+@pytest.fixture
+def store(tmp_path):
+    return RunStore(tmp_path / "run")
+
+
+def append(store, *ids):
+    with store.appending() as appender:
+        for name in ids:
+            appender.append({"sample_id": name})
+
+
+def ids(store):
+    return [record["sample_id"] for record in store.samples()]
+
+
+def test_samples_come_back_in_order(store):
+    append(store, "a", "b")
+    append(store, "c")
+    assert ids(store) == ["a", "b", "c"]
+
+
+def test_a_half_written_line_is_dropped_and_cut_off(store):
+    append(store, "a")
+    with store.samples_path.open("a") as file:
+        file.write('{"sample_id": "b", "correct": tr')
+    assert ids(store) == ["a"]
+    append(store, "b")
+    assert ids(store) == ["a", "b"]
+    assert len(store.samples_path.read_text().splitlines()) == 2
+
+
+def test_a_last_line_without_its_end_is_not_read_as_data(store):
+    append(store, "a")
+    with store.samples_path.open("a") as file:
+        file.write('{"sample_id": "b"}')  # whole, but who knows
+    assert ids(store) == ["a"]
+
+
+def test_a_broken_line_in_the_middle_is_an_error(store):
+    append(store, "a")
+    with store.samples_path.open("a") as file:
+        file.write("garbage\n")
+    append(store, "b")
+    with pytest.raises(ValueError, match="line 2 is broken"):
+        store.samples()
+
+
+def test_a_sample_counts_once(store):
+    append(store, "a", "b", "a")
+    assert ids(store) == ["a", "b"]
+
+
+def test_json_has_no_nan():
+    value = {"a": math.nan, "b": [math.inf, 1.0], 3: "x"}
+    assert json.loads(to_json(value)) == {"a": None, "b": [None, 1.0], "3": "x"}
+
+
+def test_metrics_are_replaced_as_a_whole(store):
+    store.write_metrics({"status": "failed"})
+    store.write_metrics({"status": "finished"})
+    assert store.metrics() == {"status": "finished"}
+    assert [path.name for path in store.folder.iterdir()] == ["metrics.json"]
+
+
+def test_broken_metrics_read_as_a_broken_run(store):
+    store.write_metrics({})
+    store.metrics_path.write_text('{"status": "fin')
+    assert store.metrics()["status"] == "broken"
+
+
+def test_a_resumed_run_keeps_the_environment_of_its_first_samples(store):
+    store.write_environment({"commit": "a"})
+    append(store, "a")
+    store.write_environment({"commit": "b"})
+    env = json.loads((store.folder / "env.json").read_text())
+    assert env == {"commit": "b", "resumed_from": {"commit": "a"}}
+
+
+def hold(store, started, seconds):
+    with store.lock():
+        started.set()
+        time.sleep(seconds)
+
+
+def test_a_second_process_waits_and_a_killed_one_does_not_block(store, caplog):
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+    process = context.Process(target=hold, args=(store, started, 60))
+    process.start()
+    started.wait()
+    watcher = context.Process(target=hold, args=(store, context.Event(), 0))
+    watcher.start()
+    watcher.join(timeout=0.5)
+    assert watcher.is_alive(), "the lock did not hold"
+    process.kill()
+    watcher.join(timeout=10)
+    assert watcher.exitcode == 0
+    with store.lock():
+        pass
