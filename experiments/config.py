@@ -43,6 +43,8 @@ class ModelConfig:
         max_length: longest prompt plus answer; default: what the model's own config says.
         trust_remote_code: run Python code that comes with the checkpoint.
         config: entries of the checkpoint's own config to change, such as its RoPE scaling.
+        checkpoint: digest of a local checkpoint, filled in: another one under the same path is
+            another run.
     """
 
     name: str | None = None
@@ -53,6 +55,7 @@ class ModelConfig:
     max_length: int | None = None
     trust_remote_code: bool = False
     config: Any = None
+    checkpoint: str | None = None
 
 
 @dataclass
@@ -125,7 +128,9 @@ class RunConfig:
         except MissingMandatoryValue as error:
             key = error.full_key
             raise ConfigError(f"{key} needs a value: add {key}=... to the command") from error
-        return cls.from_dict(tree)
+        run = cls.from_dict(tree)
+        run.model.checkpoint = checkpoint_digest(run.model.path)
+        return run
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> RunConfig:
@@ -166,6 +171,8 @@ class RunConfig:
 
     def _identity(self) -> dict[str, Any]:
         model = {key: value for key, value in asdict(self.model).items() if key != "name"}
+        if model["checkpoint"] is None:  # on the hub, where the name says which
+            del model["checkpoint"]
         return {"model": model, "method": self.method, "bench": self.bench, "seed": self.seed}
 
 
@@ -209,6 +216,26 @@ def _is_plain(hint: Any) -> bool:
     if get_origin(hint) is dict:  # parameters of a part, checked by the part
         return get_args(hint)[0] is str
     return hint in scalars
+
+
+def checkpoint_digest(path: str) -> str | None:
+    """Digest of a local checkpoint: its config, and names, sizes and ends of its weight files.
+
+    None for a name on the hub. A whole hash of the weights would take minutes for a large model.
+    """
+    folders = (Path(path).expanduser(), ROOT / path)
+    folder = next((found for found in folders if (found / "config.json").is_file()), None)
+    if folder is None:
+        return None
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as weights:
+            digest.update(weights.read(1 << 20))
+            weights.seek(max(0, size - (1 << 20)))
+            digest.update(weights.read())
+    return digest.hexdigest()[:12]
 
 
 def _digest(tree: Mapping[str, Any]) -> str:

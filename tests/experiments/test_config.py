@@ -157,3 +157,16 @@ def test_a_schema_has_the_fields_of_its_class():
         "either": 1,
     }
     node.either = [1, 2]  # a type OmegaConf cannot express takes anything
+
+
+def test_another_checkpoint_under_the_same_path_is_another_run(tmp_path):
+    from experiments.config import checkpoint_digest
+
+    assert checkpoint_digest("some/hub-name") is None
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"a" * (3 << 20))
+    first = checkpoint_digest(str(tmp_path))
+    assert first == checkpoint_digest(str(tmp_path))
+    weights.write_bytes(b"a" * ((3 << 20) - 1) + b"b")
+    assert checkpoint_digest(str(tmp_path)) != first
