@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from experiments.compare import compare_with_dense, describe
 from experiments.config import RunConfig, parameters
 from experiments.console import SampleProgress, log_to, show_messages
 from experiments.environment import describe_environment
+from experiments.matched import Calibration, calibrate
 from experiments.models import LoadedModel, load_model
-from experiments.store import Record, RunStore
+from experiments.store import Record, RunStore, to_json, write_atomically
 from experiments.tracking import Tracker
-from pbs.methods import AttentionMethod, build_method
+from pbs.methods import METHODS, AttentionMethod, build_method
 from pbs.registry import unknown
 
 logger = logging.getLogger(__name__)
@@ -38,9 +40,23 @@ def run_cell(composed: DictConfig) -> Path:
     """
     show_messages()
     cfg = RunConfig.from_hydra(composed)
+    overrides = _overrides()
+    if cfg.match is not None and METHODS.load(cfg.method["name"]).knob is None:
+        logger.info("%s has no knob to match with: it runs as it is", cfg.method["name"])
+        cfg = replace(cfg, match=None)
+    calibration = None
+    if cfg.match is not None:
+        try:
+            cfg, calibration = calibrate(cfg, lambda: build_bench(cfg.bench))
+        except Exception as error:  # as below: a cell's failure is a result
+            logger.exception("%s: failed: %s: %s", _title(cfg), type(error).__name__, error)
+            return _record_failed_calibration(cfg, overrides, error)
     store = RunStore(cfg.folder)
     with store.lock(), log_to(store.log_path):
-        _run_locked(cfg, store, overrides=_overrides())
+        if calibration is None or calibration.is_reachable:
+            _run_locked(cfg, store, overrides, calibration)
+        else:
+            _record_unreachable(cfg, store, overrides, calibration)
     return cfg.folder
 
 
@@ -59,8 +75,10 @@ def build_bench(settings: Mapping[str, Any]) -> Bench:
     return bench
 
 
-def _run_locked(cfg: RunConfig, store: RunStore, overrides: list[str]) -> None:
-    title = f"{cfg.bench['name']} · {cfg.model_name} · {describe(cfg.method)}"
+def _run_locked(
+    cfg: RunConfig, store: RunStore, overrides: list[str], calibration: Calibration | None
+) -> None:
+    title = _title(cfg)
     if not cfg.resume:
         store.clear()
     metrics = store.metrics()
@@ -76,20 +94,8 @@ def _run_locked(cfg: RunConfig, store: RunStore, overrides: list[str]) -> None:
     if metrics:
         logger.info("%s: %s earlier, trying again", title, metrics["status"])
         store.metrics_path.unlink()
-    facts = {
-        "status": "failed",
-        "bench": cfg.bench["name"],
-        "model": cfg.model_name,
-        "method": cfg.method["name"],
-        "label": describe(cfg.method),
-        "hash": cfg.hash,
-        "sample_set": cfg.sample_set,
-        "overrides": overrides,
-    }
-    store.write_config(cfg.to_dict())
     environment = describe_environment()
-    store.write_environment(environment)
-    facts["device"] = environment["device"]
+    facts = _write_facts(cfg, store, overrides, environment, calibration)
     tracker = Tracker(cfg.logger, cfg.paths)
     tracker.start(
         cfg.hash,
@@ -110,10 +116,66 @@ def _run_locked(cfg: RunConfig, store: RunStore, overrides: list[str]) -> None:
             torch.cuda.empty_cache()
         return
     metrics = {**facts, **results, "status": "finished"}
+    if calibration is not None:
+        total = metrics["results"]["total"]
+        metrics["match"] = {**facts["match"], "measured": total.get(calibration.quantity)}
     store.write_metrics(metrics)
     pictures = _draw(bench, context)
     tracker.finish(_summary(metrics), table=metrics["results"]["cells"], pictures=pictures)
     logger.info("%s: finished in %.0f s, %s", title, metrics["seconds"], store.folder)
+
+
+def _title(cfg: RunConfig) -> str:
+    return f"{cfg.bench['name']} · {cfg.model_name} · {describe(cfg.method)}"
+
+
+def _write_facts(
+    cfg: RunConfig,
+    store: RunStore,
+    overrides: list[str],
+    environment: dict[str, Any],
+    calibration: Calibration | None,
+) -> dict[str, Any]:
+    """Write what is known before measuring; returns what every ``metrics.json`` says."""
+    store.write_config(cfg.to_dict())
+    store.write_environment(environment)
+    facts = {
+        "status": "failed",
+        "bench": cfg.bench["name"],
+        "model": cfg.model_name,
+        "method": cfg.method["name"],
+        "label": describe(cfg.method),
+        "hash": cfg.hash,
+        "sample_set": cfg.sample_set,
+        "overrides": overrides,
+        "device": environment["device"],
+    }
+    if calibration is not None:
+        facts["match"] = calibration.facts()
+        text = to_json(asdict(calibration), indent=2)
+        write_atomically(store.folder / "calibration.json", text + "\n")
+    return facts
+
+
+def _record_unreachable(
+    cfg: RunConfig, store: RunStore, overrides: list[str], calibration: Calibration
+) -> None:
+    """A target that no value of the knob meets: nothing is measured, and the result says so."""
+    logger.warning("%s: %s", _title(cfg), calibration.explain())
+    if store.metrics().get("match") == calibration.facts():
+        return
+    facts = _write_facts(cfg, store, overrides, describe_environment(), calibration)
+    error = {"type": "Unreachable", "message": calibration.explain()}
+    store.write_metrics({**facts, "status": "unreachable", "error": error})
+
+
+def _record_failed_calibration(cfg: RunConfig, overrides: list[str], error: Exception) -> Path:
+    """A cell that failed before its knob was set."""
+    store = RunStore(cfg.folder)
+    with store.lock():
+        facts = _write_facts(cfg, store, overrides, describe_environment(), None)
+        store.write_metrics({**facts, "error": _describe_error(error)})
+    return cfg.folder
 
 
 def _measure(

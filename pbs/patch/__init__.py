@@ -1,0 +1,1 @@
+"""Plug-ins into model libraries."""

@@ -1,0 +1,222 @@
+"""Put a method into a model, and take it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from pbs.methods import AttentionMethod
+from pbs.patch.huggingface.attention import LAYER_ATTRIBUTE, PatchedLayer
+from pbs.patch.huggingface.report import LayerCounter, PatchReport
+from pbs.patch.huggingface.support import find_attention_layers
+
+IMPLEMENTATION = "pbs"
+_PATCH_ATTRIBUTE = "_pbs_patch"
+
+
+class Patch:
+    """The handle of a patched model.
+
+    Attributes:
+        method: what the layers run in prefill.
+        skip_layers: layers that stay dense, ascending.
+    """
+
+    def __init__(
+        self,
+        method: AttentionMethod,
+        skip_layers: tuple[int, ...],
+        modules: list[nn.Module],
+        configs: list[tuple[Any, str | None]],
+        model_class: type,
+    ) -> None:
+        self.method = method
+        self.skip_layers = skip_layers
+        self._modules = modules
+        self._configs = configs
+        self._model_class = model_class
+        self._counters: dict[int, LayerCounter] = {}
+        self.reset()
+
+    def report(self) -> PatchReport:
+        """What ran sparse and what ran dense since the patch was applied or reset."""
+        counters = sorted(self._counters.items())
+        return PatchReport([counter.report() for _, counter in counters])
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        self._counters.clear()
+        for module in self._modules:
+            index = int(module.layer_idx)  # type: ignore[arg-type]
+            counter = self._counters.setdefault(index, LayerCounter(index))
+            method = None if index in self.skip_layers else self.method
+            setattr(module, LAYER_ATTRIBUTE, PatchedLayer(method, counter))
+
+    def undo(self, model: PreTrainedModel) -> None:
+        """Give the model back what it had; see :func:`remove_patch`."""
+        for module in self._modules:
+            delattr(module, LAYER_ATTRIBUTE)
+        # Parents stand before their parts: setting a config's attention sets that of its parts.
+        for config, implementation in self._configs:
+            config._attn_implementation = implementation
+        delattr(model, _PATCH_ATTRIBUTE)
+        model.__class__ = self._model_class
+
+
+def apply_patch_with_prefill(
+    model: PreTrainedModel,
+    prefill_fn: AttentionMethod,
+    skip_layers: Iterable[int] | None = None,
+) -> PreTrainedModel:
+    """Let a causal language model run an attention method in prefill.
+
+    Decoding steps stay dense, and so do layers that ask for more than causal attention (sliding
+    windows, soft caps, sinks); :func:`get_patch` tells what ran how. The model can be used as a
+    context manager, which removes the patch at the end::
+
+        with apply_patch_with_prefill(model, build_method("pbs")) as model:
+            model.generate(**inputs)
+
+    Args:
+        model: a transformers model whose attention goes through the attention registry.
+        prefill_fn: the method, from :func:`pbs.build_method`.
+        skip_layers: indices of layers that stay dense.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: ``model`` or ``prefill_fn`` of a wrong type.
+        ValueError: already patched, or ``skip_layers`` names a layer the model does not have.
+        NotImplementedError: the model's attention cannot be replaced; nothing was changed.
+    """
+    if not isinstance(prefill_fn, AttentionMethod):
+        raise TypeError(
+            f"expected an AttentionMethod as prefill_fn, got {_type_name(prefill_fn)}; make one "
+            "with pbs.build_method(name, ...) or get_permuted_block_sparse_attn_fwd(...), or wrap "
+            "your function in a subclass of pbs.AttentionMethod that overrides plan()"
+        )
+    layers = find_attention_layers(model)
+    if hasattr(model, _PATCH_ATTRIBUTE) or any(
+        hasattr(module, LAYER_ATTRIBUTE) for module in layers.values()
+    ):
+        raise ValueError(
+            f"{type(model).__name__} is already patched; call remove_patch(model) on the model "
+            "that was patched first"
+        )
+    modules = list(layers.values())
+    skipped = _check_skip_layers(skip_layers, {int(m.layer_idx) for m in modules})  # type: ignore[arg-type]
+    configs = [(config, config._attn_implementation) for config in _configs_of(model)]
+    model.set_attn_implementation(IMPLEMENTATION)
+    for name, module in layers.items():
+        config = getattr(module, "config", model.config)
+        if config._attn_implementation != IMPLEMENTATION:
+            for other, implementation in configs:
+                other._attn_implementation = implementation
+            raise NotImplementedError(
+                f"transformers did not accept another attention for {name} "
+                f"({type(module).__name__}) of {type(model).__name__}; nothing was changed"
+            )
+    patch = Patch(prefill_fn, skipped, modules, configs, type(model))
+    setattr(model, _PATCH_ATTRIBUTE, patch)
+    model.__class__ = _with_context_manager(type(model))
+    return model
+
+
+def remove_patch(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo :func:`apply_patch_with_prefill`: attention implementation, class, everything.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    get_patch(model).undo(model)
+    return model
+
+
+def get_patch(model: PreTrainedModel) -> Patch:
+    """The handle of a patched model.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    patch = getattr(model, _PATCH_ATTRIBUTE, None)
+    if not isinstance(patch, Patch):
+        raise ValueError(
+            f"{type(model).__name__} is not patched; call apply_patch_with_prefill(model, method)"
+        )
+    return patch
+
+
+def _with_context_manager(model_class: type) -> type:
+    """A subclass that ``with`` accepts; ``with`` looks its methods up on the class.
+
+    Name and module are the original's, so that save_pretrained writes the right architecture.
+    """
+
+    def enter(self: PreTrainedModel) -> PreTrainedModel:
+        return self
+
+    def leave(self: PreTrainedModel, *exception: object) -> None:  # noqa: ARG001 - the protocol
+        remove_patch(self)
+
+    return type(
+        model_class.__name__,
+        (model_class,),
+        {
+            "__enter__": enter,
+            "__exit__": leave,
+            "__module__": model_class.__module__,
+            "__qualname__": model_class.__qualname__,
+            "__doc__": model_class.__doc__,
+        },
+    )
+
+
+def _configs_of(model: PreTrainedModel) -> list[Any]:
+    """Every config the model's parts look at, parents before their parts, each once."""
+    found: dict[int, Any] = {}
+    queue = [model.config]
+    queue += [m.config for m in model.modules() if hasattr(m, "config")]
+    while queue:
+        config = queue.pop(0)
+        if config is None or id(config) in found or not hasattr(config, "_attn_implementation"):
+            continue
+        found[id(config)] = config
+        queue += [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return list(found.values())
+
+
+def _check_skip_layers(skip_layers: Iterable[int] | None, existing: set[int]) -> tuple[int, ...]:
+    if skip_layers is None:
+        return ()
+    if isinstance(skip_layers, str | bytes) or not isinstance(skip_layers, Iterable):
+        raise TypeError(f"expected skip_layers as layer indices, got {skip_layers!r}; try [0, 1]")
+    skipped = list(skip_layers)
+    for index in skipped:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise TypeError(f"skip_layers must hold integers, got {index!r}")
+        if index not in existing:
+            raise ValueError(
+                f"skip_layers names layer {index}, but the model's attention layers are "
+                f"{_as_ranges(existing)}"
+            )
+    return tuple(sorted(set(skipped)))
+
+
+def _as_ranges(indices: set[int]) -> str:
+    ordered = sorted(indices)
+    if len(ordered) > 2 and ordered == list(range(ordered[0], ordered[-1] + 1)):
+        return f"{ordered[0]} to {ordered[-1]}"
+    return ", ".join(map(str, ordered))
+
+
+def _type_name(value: object) -> str:
+    if callable(value) and not isinstance(value, type):
+        return f"the callable {getattr(value, '__name__', type(value).__name__)}"
+    return repr(value) if isinstance(value, str) else type(value).__name__

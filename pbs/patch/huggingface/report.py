@@ -1,0 +1,128 @@
+"""What ran sparse and what ran dense, per layer. Knows nothing of transformers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+from pbs.methods.base import CallRecord
+
+DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer since the patch was applied or reset.
+
+    Sequences of different length in a padded batch are separate calls.
+
+    Attributes:
+        layer_idx: the layer.
+        sparse_calls: prefill calls that ran sparse.
+        dense_calls: dense calls by reason; "decode" counts single-token steps.
+        density: tiles computed / tiles dense causal attention computes, mean over the sequences of
+            all prefill calls and over heads; a dense call counts 1. None without prefill.
+    """
+
+    layer_idx: int
+    sparse_calls: int
+    dense_calls: dict[str, int]
+    density: float | None
+
+    @property
+    def was_called(self) -> bool:
+        """False when the layer's attention never reached the patch."""
+        return self.sparse_calls > 0 or bool(self.dense_calls)
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """All patched layers, in order, also those that were never called."""
+
+    layers: list[LayerReport]
+
+    @property
+    def density(self) -> float | None:
+        """Mean over the layers that saw a prefill; None if none did."""
+        values = [layer.density for layer in self.layers if layer.density is not None]
+        return sum(values) / len(values) if values else None
+
+    @property
+    def num_sparse_layers(self) -> int:
+        """Layers with at least one sparse call."""
+        return sum(layer.sparse_calls > 0 for layer in self.layers)
+
+    @property
+    def sparse_calls(self) -> int:
+        """Sparse calls of all layers."""
+        return sum(layer.sparse_calls for layer in self.layers)
+
+    @property
+    def dense_calls(self) -> dict[str, int]:
+        """Dense calls of all layers by reason."""
+        total: dict[str, int] = {}
+        for layer in self.layers:
+            for reason, count in layer.dense_calls.items():
+                total[reason] = total.get(reason, 0) + count
+        return total
+
+    @property
+    def uncalled_layers(self) -> list[int]:
+        """Layers whose attention never reached the patch."""
+        return [layer.layer_idx for layer in self.layers if not layer.was_called]
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data for a JSON file."""
+        return {
+            "density": self.density,
+            "num_layers": len(self.layers),
+            "num_sparse_layers": self.num_sparse_layers,
+            "sparse_calls": self.sparse_calls,
+            "dense_calls": self.dense_calls,
+            "uncalled_layers": self.uncalled_layers,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+
+@dataclass
+class LayerCounter:
+    """Counts the calls of one layer; densities stay on the device until the report is read."""
+
+    layer_idx: int
+    sparse_calls: int = 0
+    dense_calls: dict[str, int] = field(default_factory=dict)
+    _density_sum: Tensor | float = 0.0
+    _num_sequences: int = 0
+
+    def add_record(self, record: CallRecord) -> None:
+        """Count a call of a method."""
+        density = record.plan.density()
+        if record.plan.is_dense:
+            self._count_dense(record.plan.reason or "dense plan")
+        else:
+            self.sparse_calls += 1
+        # Sums as fp64 on the device: no synchronisation, and no drift over a long run.
+        self._density_sum = self._density_sum + density.mean(dim=1, dtype=torch.float64).sum()
+        self._num_sequences += density.shape[0]
+
+    def add_dense(self, reason: str, *, num_sequences: int) -> None:
+        """Count a prefill call that the plug-in itself computed dense."""
+        self._count_dense(reason)
+        self._density_sum = self._density_sum + float(num_sequences)
+        self._num_sequences += num_sequences
+
+    def add_decode(self) -> None:
+        """Count a decoding step; it has no part in the density."""
+        self._count_dense(DECODE)
+
+    def report(self) -> LayerReport:
+        """The counts so far (one synchronisation with the device)."""
+        density = None
+        if self._num_sequences:
+            density = float(self._density_sum) / self._num_sequences
+        return LayerReport(self.layer_idx, self.sparse_calls, dict(self.dense_calls), density)
+
+    def _count_dense(self, reason: str) -> None:
+        self.dense_calls[reason] = self.dense_calls.get(reason, 0) + 1
