@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pbs.checks import check_choice
 from pbs.methods.base import AttentionMethod
+from pbs.ops.dense import DENSE_KERNELS, choose_dense_kernel, dense_attention
 from pbs.ops.grid import BlockGrid
 from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
@@ -14,7 +16,25 @@ from pbs.ops.plan import AttentionPlan
 
 @dataclass(kw_only=True)
 class FlashAttention(AttentionMethod):
-    """Full causal attention through PyTorch's SDPA. Density and coverage are 1."""
+    """Full causal attention. Density and coverage are 1.
+
+    Args:
+        kernel: one of ``pbs.ops.dense.DENSE_KERNELS``: "fa3" and "fa2" (packages), SDPA's "cudnn",
+            "flash" (FlashAttention-2), "efficient" and "math", or "auto", the fastest that supports
+            the case. Results name the one that ran.
+
+    Source: arXiv 2307.08691 (FlashAttention-2).
+    """
+
+    kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.kernel, DENSE_KERNELS, name="dense kernel")
+
+    def densest(self) -> AttentionMethod:
+        """Itself."""
+        return self
 
     def plan(
         self,
@@ -27,6 +47,9 @@ class FlashAttention(AttentionMethod):
         """Every causal tile."""
         check_attention_inputs(q, k)
         grid = BlockGrid(q.shape[2], k.shape[2], 128, 128)
-        return AttentionPlan.dense(
-            grid, q.shape[0], q.shape[1], device=q.device, reason="dense method"
-        )
+        reason = f"dense method ({choose_dense_kernel(self.kernel, q, k)})"
+        return AttentionPlan.dense(grid, q.shape[0], q.shape[1], device=q.device, reason=reason)
+
+    def compute_dense(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+        """See the base class."""
+        return dense_attention(q, k, v, scale=scale, kernel=self.kernel)

@@ -12,11 +12,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pbs.checks import check_block_size, check_positive_int, check_threshold
-from pbs.methods.base import AttentionMethod
+from pbs.methods.base import AttentionMethod, Knob
 from pbs.ops.grid import BlockGrid
 from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
 from pbs.selectors.pooling import block_logits, mean_pool, softmax_over
+
+# Probabilities of the last queries, and entries ranked together, held at once: 16 MiB in fp32.
+MAX_CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(kw_only=True)
@@ -39,6 +42,8 @@ class FlexPrefill(AttentionMethod):
 
     Source: arXiv 2502.20766, Algorithms 1 to 4; reference code ByteDance-Seed/FlexPrefill.
     """
+
+    knob = Knob("gamma", low=0.001, high=1.0)
 
     block_size: int = 128
     gamma: float = 0.95
@@ -153,11 +158,14 @@ class FlexPrefill(AttentionMethod):
         first.
         """
         logits = block_logits(mean_pool(q, grid.query_tile), mean_pool(k, grid.key_tile)) * scale
-        ranked, index = (
-            softmax_over(logits, causal).flatten(2).sort(dim=-1, descending=True, stable=True)
-        )
-        keep = ranked.cumsum(dim=-1) <= self.gamma * grid.num_query_tiles
-        selected = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, index, keep)
+        probabilities = softmax_over(logits, causal).flatten(2)
+        selected = torch.empty_like(probabilities, dtype=torch.bool)
+        goal = self.gamma * grid.num_query_tiles
+        step = max(1, MAX_CHUNK_ELEMENTS // probabilities[:, 0].numel())
+        for head in range(0, logits.shape[1], step):  # the ranks take five times the memory
+            heads = slice(head, head + step)
+            ranked, index = probabilities[:, heads].sort(dim=-1, descending=True, stable=True)
+            selected[:, heads].scatter_(-1, index, ranked.cumsum(dim=-1) <= goal)
         return selected.view_as(logits) & is_query_aware[..., None, None]
 
 
@@ -173,22 +181,31 @@ def last_query_attention(
         num_last: L; at most Nq are taken.
 
     Returns:
-        vertical fp32 ``[Z, Hq, Nk]``, and slash fp32 ``[Z, Hq, Nk]`` by distance query - key. One
-        key/value head at a time: (Hq / Hkv) L Nk probabilities in memory.
+        vertical fp32 ``[Z, Hq, Nk]``, and slash fp32 ``[Z, Hq, Nk]`` by distance query - key. Of
+        the [Hq, L, Nk] probabilities at most ``MAX_CHUNK_ELEMENTS`` exist at a time, but at least
+        one query's of the heads of a group.
     """
-    groups = q.shape[1] // k.shape[1]
+    batch, kv_heads, num_keys, _ = k.shape
+    groups = q.shape[1] // kv_heads
     # Latest query first: row r sits at position N - 1 - r.
-    last = q[:, :, -num_last:].flip(2).unflatten(1, (k.shape[1], groups))
-    rows, num_keys = last.shape[3], k.shape[2]
+    last = q[:, :, -num_last:].flip(2).unflatten(1, (kv_heads, groups))
+    rows = last.shape[3]
     keys = torch.arange(num_keys, device=q.device)
-    future = keys > (num_keys - 1 - torch.arange(rows, device=q.device))[:, None]
-    vertical, slash = [], []
-    for head in range(k.shape[1]):
-        logits = last[:, head].float() @ k[:, head, None].float().transpose(-1, -2) * scale
-        weights = logits.masked_fill_(future, float("-inf")).softmax(dim=-1)
-        vertical.append(weights.mean(dim=2))
-        slash.append(_distance_sums(weights) / rows)
-    return torch.cat(vertical, dim=1), torch.cat(slash, dim=1)
+    vertical = torch.zeros(batch, kv_heads, groups, num_keys, device=q.device)
+    slash = torch.zeros_like(vertical)
+    chunk = max(1, MAX_CHUNK_ELEMENTS // (batch * groups * num_keys))
+    for head in range(kv_heads):
+        transposed = k[:, head, None].float().transpose(-1, -2)
+        for row in range(0, rows, chunk):
+            queries = last[:, head, :, row : row + chunk].float()
+            places = num_keys - 1 - row - torch.arange(queries.shape[2], device=q.device)
+            weights = (queries @ transposed).mul_(scale)
+            weights.masked_fill_(keys > places[:, None], float("-inf"))
+            weights = weights.softmax(dim=-1)
+            vertical[:, head] += weights.sum(dim=2)
+            # The rows before these are at later positions.
+            slash[:, head, :, : num_keys - row] += _distance_sums(weights)[..., row:]
+    return (vertical / rows).flatten(1, 2), (slash / rows).flatten(1, 2)
 
 
 def _distance_sums(weights: Tensor) -> Tensor:

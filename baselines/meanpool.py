@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pbs.checks import check_block_size, check_choice, check_threshold
-from pbs.methods.base import AttentionMethod
+from pbs.methods.base import AttentionMethod, Knob
 from pbs.ops.grid import BlockGrid
 from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
@@ -29,6 +29,8 @@ class MeanPooling(AttentionMethod):
 
     Source: the "MeanPooling" baseline of arXiv 2510.21270. The diagonal block is always computed.
     """
+
+    knob = Knob("threshold", low=0.001, high=1.0)
 
     block_size: int = 128
     threshold: float = 0.9

@@ -26,10 +26,11 @@ from baselines.vertical_slash import (
     vertical_slash_lists,
 )
 from pbs.checks import check_choice
-from pbs.methods.base import AttentionMethod
+from pbs.methods.base import AttentionMethod, Knob
+from pbs.ops.block_selection import list_blocks
 from pbs.ops.grid import BlockGrid
 from pbs.ops.inputs import check_attention_inputs
-from pbs.ops.plan import AttentionPlan, compact
+from pbs.ops.plan import AttentionPlan
 from pbs.selectors.pooling import block_logits, mean_pool
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ class MInference(AttentionMethod):
     not 50, of which 100 tied ones could lose offset 0; block-sparse heads get their diagonal; a
     head without an entry in the file is an error.
     """
+
+    knob = Knob("adaptive_budget", low=0.001, high=1.0, fixed={"preset": "adaptive"})
 
     preset: str = "paper"
     config_path: str | None = None
@@ -188,8 +191,8 @@ class MInference(AttentionMethod):
         rows = [[min(size, grid.num_keys) for size in settings[head].sizes] for head in heads]
         sizes = torch.tensor(rows, dtype=torch.int32, device=q.device)
         whole, partial = a_shape_tiles(grid, sizes)
-        blocks, num_blocks = compact(whole[None])
-        tiles, num_windows = compact(partial[None])
+        blocks, num_blocks = list_blocks(whole[None])
+        tiles, num_windows = list_blocks(partial[None])
         lists = (blocks, num_blocks, tiles * TILE, num_windows)
         return AttentionPlan(grid, q.shape[0], len(heads), *lists, local_window=sizes)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pbs.checks import check_block_size, check_choice, check_threshold
-from pbs.methods.base import AttentionMethod
+from pbs.methods.base import AttentionMethod, Knob
 from pbs.ops.grid import BlockGrid
 from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
@@ -32,6 +32,8 @@ class Prism(AttentionMethod):
 
     Source: arXiv 2602.08426; sink and diagonal are always computed.
     """
+
+    knob = Knob("threshold", low=0.001, high=1.0)
 
     block_size: int = 128
     threshold: float = 0.95

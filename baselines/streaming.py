@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from pbs.checks import check_block_size
-from pbs.methods.base import AttentionMethod
+from pbs.methods.base import AttentionMethod, Knob
+from pbs.ops.block_selection import list_blocks
 from pbs.ops.grid import BlockGrid
 from pbs.ops.inputs import check_attention_inputs
-from pbs.ops.plan import AttentionPlan, compact
+from pbs.ops.plan import AttentionPlan
 
 
 @dataclass(kw_only=True)
@@ -33,6 +34,9 @@ class StreamingLLM(AttentionMethod):
     Source: arXiv 2309.17453. The default sizes are those of the baseline "StreamingLLM" in the
     MInference paper (arXiv 2407.02490), 1024 + 4096; tri-shape is from arXiv 2412.10319.
     """
+
+    # n_init stays a quarter of n_local, as in the defaults. No prompt is longer than 2^20 tokens.
+    knob = Knob("n_local", low=1, high=1 << 20, is_integer=True, proportional=("n_init",))
 
     block_size: int = 128
     n_init: int = 1024
@@ -76,8 +80,8 @@ class StreamingLLM(AttentionMethod):
             return AttentionPlan.dense(grid, batch, num_heads, device=q.device, reason=reason)
         sizes = torch.tensor([[self.n_init, self.n_local]], device=q.device)
         whole, partial = a_shape_tiles(grid, sizes, num_last_full=self.num_last_full)
-        blocks, num_blocks = compact(whole[None])
-        tiles, num_windows = compact(partial[None])
+        blocks, num_blocks = list_blocks(whole[None])
+        tiles, num_windows = list_blocks(partial[None])
         return AttentionPlan(
             grid,
             batch,

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pbs.ops.block_selection import list_blocks
 from pbs.ops.grid import BlockGrid
-from pbs.ops.plan import compact
 
 # Width of a slash's window and height of a query tile: a slash crosses one window in each tile.
 TILE = 64
@@ -183,7 +183,8 @@ def _columns_outside(
     Returns:
         int32 ``[R, Tq, C]`` and ``[R, Tq]``.
     """
-    chosen, num_chosen = compact(columns)
+    # The reference: as wide as the fullest row, where the GPU kernel would be as wide as the text.
+    chosen, num_chosen = list_blocks(columns, backend="reference")
     num_slots = chosen.shape[-1]
     # One slot more takes what is dropped.
     shape = (len(columns), grid.num_query_tiles, num_slots + 1)

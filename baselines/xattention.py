@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pbs.checks import check_block_size, check_choice
-from pbs.methods.base import AttentionMethod
+from pbs.methods.base import AttentionMethod, Knob
 from pbs.ops.grid import BlockGrid
 from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
@@ -31,6 +31,8 @@ class XAttention(AttentionMethod):
 
     Source: arXiv 2503.16428, Algorithm 1; reference code mit-han-lab/x-attention.
     """
+
+    knob = Knob("threshold", low=0.0, high=1.0)
 
     block_size: int = 128
     stride: int = 8

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from pbs.ops.dense import dense_attention
 from pbs.ops.grid import Geometry
 from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
+from pbs.ops.stages import stage
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,29 @@ class CallRecord:
     plan: AttentionPlan
 
 
+@dataclass(frozen=True)
+class Knob:
+    """The parameter that trades accuracy for speed, for comparisons at equal density or coverage.
+
+    Attributes:
+        name: of the parameter.
+        low: smallest useful value, at which the method is at its sparsest (or densest).
+        high: largest useful value, at the other end.
+        is_integer: whether the parameter is a count.
+        increases_density: whether larger values compute more.
+        fixed: other parameters that must have these values for the knob to mean something.
+        proportional: counts that keep their proportion to the knob, rounded down.
+    """
+
+    name: str
+    low: float
+    high: float
+    is_integer: bool = False
+    increases_density: bool = True
+    fixed: Mapping[str, object] = field(default_factory=dict)
+    proportional: tuple[str, ...] = ()
+
+
 @dataclass(kw_only=True)
 class AttentionMethod(ABC):
     """Decides what to compute; the kernels of ``pbs.ops`` compute it.
@@ -44,7 +69,12 @@ class AttentionMethod(ABC):
 
     Args:
         backend: who computes a sparse plan: "auto", "reference", "cpu" or "triton".
+
+    ``knob`` is the parameter by which methods are compared at equal density or coverage; None if
+    there is none.
     """
+
+    knob: ClassVar[Knob | None] = None
 
     backend: str = "auto"
     recorder: Callable[[CallRecord], None] | None = field(
@@ -124,10 +154,13 @@ class AttentionMethod(ABC):
         _check_geometry(geometry, q, k)
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         for members, rows, slots in geometry.spans():
+            # A slice is a view; a list of indices copies, and waits for the device.
+            is_run = len(members) == members[-1] - members[0] + 1
+            which = slice(members[0], members[-1] + 1) if is_run else members
             part = self._attend(
-                q[members, :, rows], k[members, :, slots], v[members, :, slots], scale, layer_idx
+                q[which, :, rows], k[which, :, slots], v[which, :, slots], scale, layer_idx
             )
-            out[members, :, rows] = part
+            out[which, :, rows] = part
         return out
 
     def _attend(
@@ -140,8 +173,13 @@ class AttentionMethod(ABC):
         if self.recorder is not None:
             self.recorder(CallRecord(layer_idx, q, k, scale, plan))
         if plan.is_dense:
-            return dense_attention(q, k, v, scale=scale)
+            with stage("attention"):
+                return self.compute_dense(q, k, v, scale=scale)
         return block_sparse_attention(q, k, v, plan, scale=scale, backend=self.backend)
+
+    def compute_dense(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+        """Carry out a dense plan, by the fastest dense kernel; a method may choose another."""
+        return dense_attention(q, k, v, scale=scale)
 
 
 def _check_geometry(geometry: Geometry, q: Tensor, k: Tensor) -> None:

@@ -16,6 +16,8 @@ METHODS = Registry(
         "xattention": "baselines.xattention:XAttention",
         "flexprefill": "baselines.flexprefill:FlexPrefill",
         "prism": "baselines.prism:Prism",
+        "minference": "baselines.minference:MInference",
+        "streaming": "baselines.streaming:StreamingLLM",
     },
 )
 

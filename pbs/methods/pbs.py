@@ -14,13 +14,19 @@ from pbs.checks import (
     check_segment_size,
     check_threshold,
 )
-from pbs.methods.base import AttentionMethod
-from pbs.ops.gather import gather_keys
+from pbs.methods.base import AttentionMethod, Knob
+from pbs.ops.block_selection import select_top_p_blocks
 from pbs.ops.grid import BlockGrid
 from pbs.ops.inputs import check_attention_inputs
+from pbs.ops.permutation import gather_keys
 from pbs.ops.plan import AttentionPlan
+from pbs.ops.stages import stage
 from pbs.orders import build_order
-from pbs.selectors import build_selector, select_top_p
+from pbs.orders.adaptive import AdaptiveOrder, Arrangement
+from pbs.orders.queries import gather_queries, order_queries
+from pbs.selectors import build_selector
+
+TARGETS = ("keys", "queries", "keys_then_queries", "queries_then_keys")
 
 
 @dataclass(kw_only=True)
@@ -38,6 +44,15 @@ class PBS(AttentionMethod):
             equals dense attention.
         order: how keys move within segments, one of ``pbs.orders.ORDERS``.
         selector: how blocks are scored, one of ``pbs.selectors.SELECTORS``.
+        target: what moves. "keys" (the paper's choice), by ``order``. "queries": in chunks of S
+            rows, to queries that resemble the same key block; no key moves, whatever the order.
+            "keys_then_queries": queries resemble blocks of keys that have moved already.
+            "queries_then_keys": queries resemble blocks in natural order, and an order with
+            proxies takes them from the moved queries: the last B rows are then those of the last
+            chunk that resemble its latest blocks, a greedy block's centroid is that of its moved
+            queries, and random proxies are other rows; the average query stays what it was.
+            Where queries move, a tile computes its whole chunk's segment, also its future part,
+            so that density can exceed 1 when everything is selected.
         gqa: "per_query_head" (the paper's default) or "shared": one order per key/value head, from
             the queries averaged over the group, a Hkv/Hq-th of the memory.
         force_select_first_block: always compute the block that holds token 0, the attention sink.
@@ -49,11 +64,14 @@ class PBS(AttentionMethod):
     Source: arXiv 2510.21270 (v2), Algorithms 1 and 2.
     """
 
+    knob = Knob("threshold", low=0.001, high=1.0)
+
     block_size: int = 128
     segment_size: int = 256
     threshold: float = 0.9
     order: str = "last_block"
     selector: str = "meanpool"
+    target: str = "keys"
     gqa: str = "per_query_head"
     force_select_first_block: bool = True
     pad_mean: str = "real"
@@ -66,12 +84,17 @@ class PBS(AttentionMethod):
         check_segment_size(self.segment_size, self.block_size)
         check_threshold(self.threshold)
         check_choice(self.gqa, ("per_query_head", "shared"), name="gqa")
+        check_choice(self.target, TARGETS, name="target")
         check_choice(self.pad_mean, ("real", "reference"), name="pad_mean")
         self._order = build_order(self.order, self.order_params)
-        params = dict(self.selector_params)
+        self._selector = build_selector(self.selector, self._selector_settings())
+
+    def _selector_settings(self) -> dict[str, Any]:
+        """Fields of the selector's class."""
+        settings = dict(self.selector_params)
         if self.selector == "meanpool":
-            params.setdefault("pad_mean", self.pad_mean)
-        self._selector = build_selector(self.selector, params)
+            settings.setdefault("pad_mean", self.pad_mean)
+        return settings
 
     def plan(
         self,
@@ -93,7 +116,69 @@ class PBS(AttentionMethod):
                 device=q.device,
                 reason=f"no more keys than segment_size={self.segment_size}",
             )
-        order = self._order.compute(
+        segments = {"segment_size": self.segment_size}
+        if self.target != "keys":
+            segments["query_segment"] = self.segment_size
+        candidates = grid.past_tiles(q.device, **segments)
+        query_order = ordered = None
+        if self.target in ("queries", "queries_then_keys"):
+            q, query_order = self._move_queries(q, k, candidates)
+        with stage("order"):
+            order = self._order_keys(q, k, scale)
+        if order is not None:
+            with stage("gather"):
+                ordered = gather_keys(k, order)
+        if self.target == "keys_then_queries":
+            q, query_order = self._move_queries(q, k if ordered is None else ordered, candidates)
+
+        def arrange(keys: Tensor, key_order: Tensor | None) -> Arrangement:
+            with stage("selection"):
+                probabilities = self._selector.block_probabilities(
+                    q, keys, scale=scale, grid=grid, candidates=candidates
+                )
+            return Arrangement(key_order, probabilities, self._forced_blocks(key_order, grid, q))
+
+        chosen = arrange(k if ordered is None else ordered, order)
+        if order is not None and isinstance(self._order, AdaptiveOrder):
+            natural = arrange(k, None)
+            with stage("order"):
+                chosen = self._order.choose(
+                    q,
+                    k,
+                    natural,
+                    chosen,
+                    scale=scale,
+                    grid=grid,
+                    candidates=candidates,
+                    threshold=self.threshold,
+                    query_order=query_order,
+                )
+            ordered = None  # of the base order, no longer of this one
+        with stage("selection"):
+            num_candidates = candidates.sum(dim=-1)
+            first = self._first_block(chosen.order, q)
+            blocks, num_blocks = select_top_p_blocks(
+                chosen.probabilities,
+                threshold=self.threshold,
+                candidates=num_candidates,
+                limits=num_candidates,
+                forced=first if self.force_select_first_block else None,
+            )
+        return AttentionPlan.from_lists(
+            blocks,
+            num_blocks,
+            grid,
+            segment_size=self.segment_size,
+            order=chosen.order,
+            ordered_keys=ordered,
+            query_order=query_order,
+        )
+
+    def _order_keys(self, q: Tensor, k: Tensor, scale: float) -> Tensor | None:
+        """Original position of the key at each place, ``[Z, Ho, Nk]``; None if no key moves."""
+        if self.target == "queries":
+            return None
+        return self._order.compute(
             q,
             k,
             scale=scale,
@@ -101,27 +186,32 @@ class PBS(AttentionMethod):
             segment_size=self.segment_size,
             shared=self.gqa == "shared",
         )
-        candidates = grid.past_tiles(q.device, segment_size=self.segment_size)
-        ordered = None if order is None else gather_keys(k, order)
-        probabilities = self._selector.block_probabilities(
-            q,
-            k if ordered is None else ordered,
-            scale=scale,
-            grid=grid,
-            candidates=candidates,
-        )
-        mask = select_top_p(probabilities, threshold=self.threshold, candidates=candidates)
-        if self.force_select_first_block:
-            mask = mask | self._sink_block(order, grid, q)
-        return AttentionPlan.from_block_mask(
-            mask, grid, segment_size=self.segment_size, order=order, ordered_keys=ordered
-        )
 
-    def _sink_block(self, order: Tensor | None, grid: BlockGrid, q: Tensor) -> Tensor:
-        """The block that holds token 0, bool ``[1 or Z, 1 or Hq, 1, Tk]``."""
+    def _move_queries(self, q: Tensor, k: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """The queries in their new order, and the original row at each place, ``[Z, Hq, Nq]``."""
+        with stage("order"):
+            query_order = order_queries(
+                q,
+                k,
+                candidates=candidates,
+                block_size=self.block_size,
+                segment_size=self.segment_size,
+            )
+        with stage("gather"):
+            return gather_queries(q, query_order), query_order
+
+    def _forced_blocks(self, order: Tensor | None, grid: BlockGrid, q: Tensor) -> Tensor:
+        """The block that holds token 0, or none, bool ``[1 or Z, 1 or Hq, 1, Tk]``."""
         tiles = torch.arange(grid.num_key_tiles, device=q.device)
+        if not self.force_select_first_block:
+            return torch.zeros_like(tiles, dtype=torch.bool)[None, None, None]
+        return tiles == self._first_block(order, q)[..., None, None]
+
+    def _first_block(self, order: Tensor | None, q: Tensor) -> Tensor:
+        """The block that holds token 0, int64 ``[1 or Z, 1 or Hq]``."""
         if order is None:
-            return (tiles == 0)[None, None, None]
-        block = (order == 0).int().argmax(dim=-1) // self.block_size
-        block = block.repeat_interleave(q.shape[1] // block.shape[1], dim=1)
-        return tiles == block[..., None, None]
+            return torch.zeros(1, 1, dtype=torch.int64, device=q.device)
+        # Token 0 never leaves its segment, the first.
+        place = (order[..., : self.segment_size] == 0).int().argmax(dim=-1)
+        block = place // self.block_size
+        return block.repeat_interleave(q.shape[1] // block.shape[1], dim=1)

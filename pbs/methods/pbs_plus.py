@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from pbs.methods.pbs import PBS
 
@@ -30,9 +31,17 @@ class PBSPlus(PBS):
                 f"pbs_plus is PBS with selector 'antidiagonal', got {self.selector!r}; use "
                 "method=pbs to choose another selector"
             )
-        self.selector_params = {"stride": self.stride, "normaliser": self.normaliser}
+        if self.selector_params:
+            raise ValueError(
+                "pbs_plus has its selector's parameters as its own, got selector_params="
+                f"{self.selector_params}; set stride and normaliser instead"
+            )
         super().__post_init__()
         if self.block_size % self.stride:
             raise ValueError(
                 f"stride must divide block_size, got {self.stride} and {self.block_size}; try 8"
             )
+
+    def _selector_settings(self) -> dict[str, Any]:
+        """See the base class."""
+        return {"stride": self.stride, "normaliser": self.normaliser}

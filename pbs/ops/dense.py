@@ -1,14 +1,33 @@
-"""Dense causal attention through PyTorch's SDPA, bottom-right aligned, never with an N x N mask.
+"""Dense causal attention, bottom-right aligned, never with an N x N mask.
+
+Through PyTorch's SDPA or a flash-attention package; which kernel runs is chosen and named here.
 
 Legend: see :mod:`pbs.ops.grid`.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from importlib import import_module
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from pbs.checks import check_choice
+
+# "flash", "cudnn", "efficient" and "math" are SDPA's ("flash" is FlashAttention-2), "fa2" and "fa3"
+# the flash-attention packages, "cpu" PyTorch's CPU kernel.
+DENSE_KERNELS = ("auto", "fa3", "fa2", "cudnn", "flash", "efficient", "math", "cpu")
+_PACKAGES = {"fa3": "flash_attn_interface", "fa2": "flash_attn"}
+_SDPA = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 # Query rows per chunk where a mask must be written out: 512 x 128K booleans are 64 MB.
 CHUNK_ROWS = 512
 # fp32 logits per chunk where SDPA cannot be used: 64 M are 256 MB.
@@ -24,6 +43,7 @@ def dense_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    kernel: str = "auto",
 ) -> Tensor:
     """softmax(q kᵀ scale) v, causal and aligned bottom-right; options of special layers.
 
@@ -35,31 +55,102 @@ def dense_attention(
         sliding_window: a query sees only the last this many keys, itself included.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
         sinks: per-head logit that takes part in the softmax without a value, ``[Hq]``.
+        kernel: one of ``DENSE_KERNELS``; "auto" takes the fastest that supports the case. The
+            options of special layers have one implementation, whatever the kernel.
 
     Returns:
         ``[Z, Hq, Nq, D]`` in q's dtype.
+
+    Raises:
+        ValueError: unknown kernel.
+        ImportError: the kernel's package is not installed.
+        NotImplementedError: the named kernel does not support this case.
     """
-    num_queries, num_keys = q.shape[2], k.shape[2]
+    num_keys = k.shape[2]
     if sliding_window is not None and sliding_window >= num_keys:
         sliding_window = None
     if softcap is None and sinks is None and sliding_window is None:
-        if num_queries == 1:
-            return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
-        if num_queries == num_keys:
-            return scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scale, enable_gqa=True
-            )
-        if q.is_cuda:
-            # Imported here: it loads torch's compiler, which `import pbs` must not.
-            from torch.nn.attention.bias import causal_lower_right
-
-            bias = causal_lower_right(num_queries, num_keys)
-            return scaled_dot_product_attention(
-                q, k, v, attn_mask=bias, scale=scale, enable_gqa=True
-            )
+        return _run_kernel(choose_dense_kernel(kernel, q, k), q, k, v, scale)
     return _chunked_attention(
         q, k, v, scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks
     )
+
+
+def choose_dense_kernel(kernel: str, q: Tensor, k: Tensor) -> str:
+    """The kernel that :func:`dense_attention` runs on these tensors without special options.
+
+    Args:
+        kernel: as asked for.
+        q: ``[Z, Hq, Nq, D]``.
+        k: ``[Z, Hkv, Nk, D]``.
+
+    Returns:
+        A name of ``DENSE_KERNELS`` other than "auto"; "auto" prefers, on a CUDA device, fa3, cudnn,
+        flash, efficient, math, and "cpu" on a CPU.
+
+    Raises:
+        ValueError: unknown kernel.
+        ImportError: the kernel's package is not installed.
+        NotImplementedError: the named kernel does not support this case.
+    """
+    check_choice(kernel, DENSE_KERNELS, name="dense kernel")
+    if kernel == "auto":
+        candidates = ("fa3", "cudnn", "flash", "efficient") if q.is_cuda else ("cpu",)
+        return next((name for name in candidates if _supports(name, q, k)), "math")
+    package = _PACKAGES.get(kernel)
+    if package is not None and find_spec(package) is None:
+        raise ImportError(f"dense kernel {kernel!r} needs the package {package}; install it")
+    if not _supports(kernel, q, k):
+        raise NotImplementedError(
+            f"dense kernel {kernel!r} does not support q {tuple(q.shape)}, k {tuple(k.shape)}, "
+            f"{q.dtype} on {q.device}; kernel='auto' takes the fastest that does"
+        )
+    return kernel
+
+
+def _supports(kernel: str, q: Tensor, k: Tensor) -> bool:
+    """Whether a kernel can run causal attention on these tensors."""
+    if kernel == "math":
+        return True
+    if kernel == "cpu" or not q.is_cuda:
+        return kernel == "cpu" and not q.is_cuda
+    if kernel in _PACKAGES:
+        fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] <= 256
+        return fits and find_spec(_PACKAGES[kernel]) is not None
+    # SDPA masks from the top left; only its flash kernel has a bottom-right form.
+    is_square = q.shape[2] == k.shape[2]
+    parameters = torch.backends.cuda.SDPAParams(q, k, k, None, 0.0, is_square, True)
+    if kernel == "cudnn":
+        return is_square and torch.backends.cuda.can_use_cudnn_attention(parameters)
+    if kernel == "flash":
+        return torch.backends.cuda.can_use_flash_attention(parameters)
+    return is_square and torch.backends.cuda.can_use_efficient_attention(parameters)
+
+
+def _run_kernel(kernel: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention by a kernel that supports the case."""
+    if q.shape[2] == 1:  # sees every key: no mask, on any kernel
+        return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
+    if kernel in _PACKAGES:
+        function = import_module(_PACKAGES[kernel]).flash_attn_func
+        swapped = (x.transpose(1, 2) for x in (q, k, v))
+        out = function(*swapped, softmax_scale=scale, causal=True)
+        out = out[0] if isinstance(out, tuple) else out
+        return out.transpose(1, 2)
+    if q.shape[2] != k.shape[2]:
+        if kernel == "flash":
+            # Imported here: it loads torch's compiler, which `import pbs` must not.
+            from torch.nn.attention.bias import causal_lower_right
+
+            bias = causal_lower_right(q.shape[2], k.shape[2])
+            return scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, scale=scale, enable_gqa=True
+            )
+        return _chunked_attention(
+            q, k, v, scale=scale, sliding_window=None, softcap=None, sinks=None
+        )
+    with nullcontext() if kernel == "cpu" else sdpa_kernel(_SDPA[kernel]):
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 
 
 def dense_decode(

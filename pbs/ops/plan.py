@@ -6,11 +6,13 @@ legend of shape letters is in :mod:`pbs.ops.grid`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from pbs.ops.block_selection import list_blocks
 from pbs.ops.grid import BlockGrid
 
 
@@ -103,13 +105,41 @@ class AttentionPlan:
                 f"{tuple(mask.shape)}"
             )
         query_segment = 0 if query_order is None else segment_size
-        units = {"segment_size": segment_size, "query_segment": query_segment}
-        blocks, num_blocks = compact(mask & grid.past_tiles(mask.device, **units))
-        windows, num_windows = own_windows(grid, mask.device, **units)
+        past = grid.past_tiles(mask.device, segment_size=segment_size, query_segment=query_segment)
+        blocks, num_blocks = list_blocks(mask & past)
+        return cls.from_lists(
+            blocks,
+            num_blocks,
+            grid,
+            segment_size=segment_size,
+            order=order,
+            ordered_keys=ordered_keys,
+            query_order=query_order,
+        )
+
+    @classmethod
+    def from_lists(
+        cls,
+        blocks: Tensor,
+        num_blocks: Tensor,
+        grid: BlockGrid,
+        *,
+        segment_size: int = 0,
+        order: Tensor | None = None,
+        ordered_keys: Tensor | None = None,
+        query_order: Tensor | None = None,
+    ) -> AttentionPlan:
+        """As :meth:`from_block_mask`, from lists ``[Z, Hq, Tq, F]`` and counts ``[Z, Hq, Tq]``."""
+        windows, num_windows = own_windows(
+            grid,
+            blocks.device,
+            segment_size=segment_size,
+            query_segment=0 if query_order is None else segment_size,
+        )
         return cls(
             grid,
-            mask.shape[0],
-            mask.shape[1],
+            blocks.shape[0],
+            blocks.shape[1],
             blocks,
             num_blocks,
             windows,
@@ -130,10 +160,13 @@ class AttentionPlan:
         reason: str,
     ) -> AttentionPlan:
         """Plain causal attention as a plan; ``reason`` says why the method chose it."""
-        mask = grid.past_tiles(device)[None, None]
-        plan = cls.from_block_mask(mask, grid)
-        return replace(
-            plan, batch_size=batch_size, num_heads=num_heads, is_dense=True, reason=reason
+        return cls(
+            grid,
+            batch_size,
+            num_heads,
+            *_dense_lists(grid, torch.device(device)),
+            is_dense=True,
+            reason=reason,
         )
 
     def num_tiles(self) -> Tensor:
@@ -345,47 +378,38 @@ class AttentionPlan:
             raise ValueError(f"inconsistent plan: {name} must ascend by at least {step}")
 
 
-def compact(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Lists of the True places of each row.
-
-    Args:
-        mask: bool ``[..., T]``.
-
-    Returns:
-        Ascending indices, int32 ``[..., F]`` with F the fullest row's count (padded with 0), and
-        how many are valid, int32 ``[...]``.
-    """
-    counts = mask.sum(-1, dtype=torch.int32)
-    width = int(counts.max()) if mask.numel() else 0
-    slots = (mask.cumsum(-1, dtype=torch.int32) - 1).long()
-    slots = torch.where(mask, slots, width)
-    lists = torch.zeros(*mask.shape[:-1], width + 1, dtype=torch.int32, device=mask.device)
-    indices = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
-    lists.scatter_(-1, slots, indices.expand_as(mask))
-    return lists[..., :width].contiguous(), counts
-
-
+@lru_cache(maxsize=16)
 def own_windows(
     grid: BlockGrid,
-    device: torch.device | str,
+    device: torch.device,
     *,
     segment_size: int = 0,
     query_segment: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Windows over the keys around the diagonal: of the tiles a query tile touches, or its segment.
 
+    Made on the CPU, without waiting for the device, and kept: every layer of a model asks for the
+    same ones.
+
     Returns:
         First keys, int32 ``[1, 1, Tq, W]``, and counts, int32 ``[1, 1, Tq]``.
     """
     unit = segment_size or grid.key_tile
-    first = grid.first_positions(device, query_segment=query_segment)
+    first = grid.first_positions(query_segment=query_segment)
     first_tile = first // unit * unit // grid.key_tile
-    last_tile = grid.last_positions(device, query_segment=query_segment) // grid.key_tile
+    last_tile = grid.last_positions(query_segment=query_segment) // grid.key_tile
     counts = (last_tile - first_tile + 1).int()
     width = int(counts.max())
-    tiles = first_tile[:, None] + torch.arange(width, device=device)
+    tiles = first_tile[:, None] + torch.arange(width)
     starts = torch.where(tiles <= last_tile[:, None], tiles * grid.key_tile, 0)
-    return starts.int()[None, None], counts[None, None]
+    return starts.int()[None, None].to(device), counts[None, None].to(device)
+
+
+@lru_cache(maxsize=2)
+def _dense_lists(grid: BlockGrid, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Blocks and windows of plain causal attention; kept, so that a dense call costs nothing."""
+    blocks, num_blocks = list_blocks(grid.past_tiles(device)[None, None])
+    return blocks, num_blocks, *own_windows(grid, device)
 
 
 def _valid(entries: Tensor, counts: Tensor) -> Tensor:

@@ -10,6 +10,11 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from pbs.ops.permutation import key_importance, sort_segments
+
+# Scores held at once: 2^25 fp32 values are 128 MB, and as much again for their softmax.
+MAX_SCORES = 1 << 25
+
 
 class Order(ABC):
     """A permutation of the keys inside each complete segment."""
@@ -71,45 +76,18 @@ class ImportanceOrder(Order):
             groups = q.shape[1] // k.shape[1]
             proxy = proxy.unflatten(1, (k.shape[1], groups)).mean(dim=2, dtype=torch.float32)
             proxy = proxy.to(q.dtype)
-        scores = importance(proxy, k[:, :, :num_sorted], scale=scale)
+        scores = key_importance(proxy, k[:, :, :num_sorted], scale=scale)
         return sort_segments(scores, num_keys=k.shape[2], segment_size=segment_size)
 
 
-def importance(proxy: Tensor, k: Tensor, *, scale: float) -> Tensor:
-    """Mean attention probability of each key over the proxy queries.
-
-    Args:
-        proxy: ``[Z, Ho, P, D]``.
-        k: ``[Z, Hkv, N, D]``, Ho a multiple of Hkv.
-        scale: factor of the logits.
-
-    Returns:
-        fp32 ``[Z, Ho, N]``. Works one key/value head at a time: (Ho / Hkv) P N scores in memory.
-    """
-    groups = proxy.shape[1] // k.shape[1]
-    proxy = proxy.unflatten(1, (k.shape[1], groups))
-    scores = []
-    for head in range(k.shape[1]):
-        keys = k[:, head, None].float().transpose(-1, -2)
-        logits = proxy[:, head].float() @ keys * scale
-        scores.append(logits.softmax(dim=-1).mean(dim=2))
-    return torch.cat(scores, dim=1)
+def moved_heads(order: Tensor) -> Tensor:
+    """Heads in which some key moves, bool ``[Z, Ho]`` from an order ``[Z, Ho, Nk]``."""
+    return (order != torch.arange(order.shape[-1], device=order.device)).any(dim=-1)
 
 
-def sort_segments(scores: Tensor, *, num_keys: int, segment_size: int) -> Tensor:
-    """Positions of the keys by descending score inside each segment, ties in natural order.
-
-    Args:
-        scores: ``[Z, Ho, n S]``, one per key of the complete segments.
-        num_keys: Nk; keys from n S on keep their place.
-        segment_size: S.
-
-    Returns:
-        int64 ``[Z, Ho, Nk]``.
-    """
-    segments = scores.unflatten(-1, (-1, segment_size))
-    local = segments.argsort(dim=-1, descending=True, stable=True)
-    starts = torch.arange(segments.shape[2], device=scores.device) * segment_size
-    order = (local + starts[:, None]).flatten(-2)
-    tail = torch.arange(order.shape[-1], num_keys, device=scores.device)
-    return torch.cat([order, tail.expand(*order.shape[:2], -1)], dim=-1)
+def check_seed(value: int) -> None:
+    """An integer that is not negative."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"seed must be an integer, got {value!r}")
+    if value < 0:
+        raise ValueError(f"seed must not be negative, got {value}")

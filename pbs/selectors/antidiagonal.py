@@ -15,8 +15,8 @@ from pbs.checks import check_choice
 from pbs.ops.grid import BlockGrid
 from pbs.selectors.base import Selector
 
-# Logits held at once, over all sequences and heads: 64 Mi in fp32 are 256 MB.
-MAX_LOGITS = 1 << 26
+# Logits held at once, over all sequences and heads: 64 MiB in fp32, and as much for their softmax.
+MAX_LOGITS = 1 << 24
 
 
 @dataclass(kw_only=True)
@@ -105,14 +105,12 @@ def antidiagonal_block_sums(
         )
     batch, num_heads = q.shape[:2]
     groups = num_heads // k.shape[1]
-    q = pad(q, (0, 0, 0, grid.num_query_tiles * grid.query_tile - grid.num_queries))
-    k = pad(k, (0, 0, 0, grid.num_key_tiles * grid.key_tile - grid.num_keys))
-    # [Z, Ho, G, groups, s D], the queries of a group reversed.
-    q = q.unflatten(2, (-1, stride)).flip(3).flatten(3).unflatten(1, (k.shape[1], groups))
+    k = _pad_tokens(k, grid.num_key_tiles * grid.key_tile)
     k = k.unflatten(2, (-1, stride)).flatten(3).unsqueeze(2)
     per_tile = grid.query_tile // stride
+    num_rows = grid.num_query_tiles * per_tile
     key_starts = torch.arange(k.shape[3], device=q.device) * stride
-    last_rows = (torch.arange(q.shape[3], device=q.device) + 1) * stride - 1
+    last_rows = (torch.arange(num_rows, device=q.device) + 1) * stride - 1
     last_positions = (last_rows + grid.offset).clamp(max=grid.num_keys - 1)
     real_groups = -(-grid.num_queries // stride)
     step = max(1, MAX_LOGITS // (batch * num_heads * per_tile * k.shape[3]))
@@ -120,11 +118,16 @@ def antidiagonal_block_sums(
         batch, num_heads, grid.num_query_tiles, grid.num_key_tiles, dtype=torch.float32
     )
     for tile in range(0, grid.num_query_tiles, step):
-        rows = slice(tile * per_tile, min((tile + step) * per_tile, q.shape[3]))
+        rows = slice(tile * per_tile, min((tile + step) * per_tile, num_rows))
+        tokens = q[:, :, rows.start * stride : rows.stop * stride]
+        tokens = _pad_tokens(tokens, (rows.stop - rows.start) * stride)
+        # [Z, Ho, G, groups, s D], the queries of a group reversed.
+        reverse = tokens.unflatten(2, (-1, stride)).flip(3).flatten(3)
+        reverse = reverse.unflatten(1, (k.shape[1], groups))
         # Key tiles after the chunk's last position can have no probability.
         end = int(last_positions[rows.stop - 1]) // grid.key_tile + 1
         columns = slice(0, end * grid.key_tile // stride)
-        logits = (q[..., rows, :] @ k[..., columns, :].transpose(-1, -2)).float()
+        logits = (reverse @ k[..., columns, :].transpose(-1, -2)).float()
         logits *= scale / stride
         if allowed is None:
             seen = key_starts[columns] <= last_positions[rows, None]
@@ -133,9 +136,16 @@ def antidiagonal_block_sums(
             seen = seen.repeat_interleave(grid.key_tile // stride, 1)
         logits.masked_fill_(~seen, float("-inf"))
         weights = logits.softmax(dim=-1).masked_fill_(~seen, 0.0)
+        del logits
         if rows.stop > real_groups:
             weights[..., max(0, real_groups - rows.start) :, :] = 0.0
         tiled = weights.unflatten(-1, (end, -1)).unflatten(3, (-1, per_tile)).sum(dim=(4, 6))
         sums[:, :, tile : tile + step, :end] = tiled.flatten(1, 2)
         sums[:, :, tile : tile + step, end:] = 0.0
     return sums
+
+
+def _pad_tokens(x: Tensor, num_tokens: int) -> Tensor:
+    """Zeros after the last token, without a copy if there is nothing to add."""
+    missing = num_tokens - x.shape[2]
+    return pad(x, (0, 0, 0, missing)) if missing else x

@@ -17,7 +17,7 @@ class OracleSelector(Selector):
     """Mean over the block's queries of their attention to each candidate block, exact.
 
     Costs as much as dense attention: an upper bound for experiments, not a method. Works on one
-    query block of one key/value head at a time, so that memory grows with N, not with N².
+    query block of one head at a time, so that memory grows with N, not with N².
     """
 
     def block_probabilities(
@@ -35,10 +35,9 @@ class OracleSelector(Selector):
                 continue
             rows = q[:, :, tile * grid.query_tile : (tile + 1) * grid.query_tile]
             keys_allowed = allowed.repeat_interleave(grid.key_tile)[: grid.num_keys]
-            for head in range(k.shape[1]):
-                mine = slice(head * groups, (head + 1) * groups)
-                logits = rows[:, mine].float() @ k[:, head, None].float().transpose(-1, -2)
-                logits = (logits * scale).masked_fill(~keys_allowed, float("-inf"))
-                weights = pad(logits.softmax(dim=-1).mean(dim=2), (0, padding))
-                mass[:, mine, tile] = weights.unflatten(-1, (-1, grid.key_tile)).sum(-1)
+            for head in range(q.shape[1]):
+                logits = rows[:, head].float() @ k[:, head // groups].float().transpose(-1, -2)
+                logits.mul_(scale).masked_fill_(~keys_allowed, float("-inf"))
+                weights = pad(logits.softmax(dim=-1).mean(dim=1), (0, padding))
+                mass[:, head, tile] = weights.unflatten(-1, (-1, grid.key_tile)).sum(-1)
         return mass

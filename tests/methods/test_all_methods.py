@@ -9,7 +9,35 @@ from tests.methods.cases import CASES, build
 from tests.ops.attention_truth import causal_mask, eager_attention, exact_attention
 
 ALL = sorted(CASES)
-LENGTHS = [1, 31, 32, 33, 63, 64, 65, 128, 129, 300]
+# Blocks of the cases have 16, 32 or 64 tokens, segments 32 or 64, strides 8 or 16: multiples of all
+# of these, and what divides none.
+LENGTHS = [1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 300, 1000]
+PRECISIONS = [
+    *((length, torch.float32) for length in LENGTHS),
+    *((length, dtype) for dtype in (torch.bfloat16, torch.float16) for length in (1, 65, 300)),
+]
+SHAPES = [
+    *((length, None) for length in (1, 63, 64, 65, 127, 128, 129, 300, 1000)),
+    *((num_keys, num_queries) for num_keys in (65, 129, 1000) for num_queries in (1, 40, 64)),
+]
+# What a row computes depends on the rows after it at most: queries alone, with the keys before
+# them, give what they give at the end of a whole prompt.
+ROW_LOCAL = [
+    ("flash", {}),
+    ("meanpool", {}),
+    ("xattention", {}),
+    ("flexprefill", {"tau": 0.0}),
+    ("minference", {}),
+    ("streaming", {}),
+    ("streaming-tri", {}),
+    ("pbs", {}),
+    ("pbs-shared", {}),
+    ("pbs-none", {}),
+    ("pbs-low_band", {}),
+    ("pbs_plus", {}),
+    ("pbs_plus-causal", {}),
+    ("prism", {}),
+]
 
 
 def dense_check(out, q, k, v):
@@ -20,8 +48,7 @@ def dense_check(out, q, k, v):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("num_keys", LENGTHS)
+@pytest.mark.parametrize(("num_keys", "dtype"), PRECISIONS, ids=str)
 @pytest.mark.parametrize("case", ALL)
 def test_densest_setting_equals_dense_attention(case, num_keys, dtype):
     q, k, v = make_qkv(2, 4, 2, num_keys, 32, dtype=dtype, structure="mixed")
@@ -34,14 +61,11 @@ def test_densest_setting_equals_dense_attention(case, num_keys, dtype):
     assert (density >= 1).all() if plan.query_order is not None else (density == 1).all()
 
 
-@pytest.mark.parametrize("num_keys", [1, 65, 129, 300, 1000])
-@pytest.mark.parametrize("num_queries", [None, 1, 40, 64])
+@pytest.mark.parametrize(("num_keys", "num_queries"), SHAPES)
 @pytest.mark.parametrize("case", ALL)
 def test_plan_is_causal_has_its_diagonal_and_moves_keys_only_in_segments(
     case, num_keys, num_queries
 ):
-    if num_queries is not None and num_queries > num_keys:
-        num_queries = num_keys
     q, k, _ = make_qkv(2, 4, 2, num_keys, 32, num_queries=num_queries, structure="mixed")
     method = build(case)
     plan = method.plan(q, k)
@@ -140,15 +164,52 @@ def test_filled_cache_is_attended_to(case):
 
 
 @pytest.mark.parametrize("case", ALL)
-def test_constant_keys_and_one_overwhelming_key(case):
+def test_equal_keys_are_ties_that_every_run_breaks_alike(case):
     q, k, v = make_qkv(1, 4, 2, 300, 32)
-    method = build(case)
     k[:] = 1.0
-    first, again = method.plan(q, k).block_mask(), method.plan(q, k).block_mask()
-    assert torch.equal(first, again)
-    assert method(q, k, v).isfinite().all()
-    k[:, :, 70] = q.mean(2).repeat_interleave(1, 1)[:, ::2] * 1e4
-    assert method(q, k, v).isfinite().all()
+    method = build(case)
+    plan = method.plan(q, k)
+    assert torch.equal(plan.block_mask(), method.plan(q, k).block_mask())
+    mask = plan.token_mask()
+    # Equal weights: the mean of the values that are computed.
+    mean = mask.double() @ v.repeat_interleave(2, 1).double() / mask.sum(-1, keepdim=True)
+    torch.testing.assert_close(method(q, k, v).double(), mean, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_one_overwhelming_key_is_found_and_everything_else_underflows(case):
+    q, k, v = make_qkv(1, 4, 2, 300, 32)
+    q[..., 5] = 1.0  # a dim of every rotary band
+    k[:, :, 70, 5] = 1e4 * 32**0.5  # a logit of 1e4 from every query
+    method = build(case)
+    mask = method.plan(q, k).token_mask()
+    out = method(q, k, v)
+    scale = 32**-0.5
+    assert_within_budget(
+        out, eager_attention(q, k, v, mask, scale), exact_attention(q, k, v, mask, scale)
+    )
+    sees = mask[..., 70]
+    expected = v[:, :, 70].repeat_interleave(2, 1)[:, :, None].expand_as(out)
+    torch.testing.assert_close(out[sees], expected[sees])
+    # StreamingLLM selects nothing, and FlexPrefill spends its budget of one column on the sink.
+    if not case.startswith("streaming") and case != "flexprefill":
+        assert sees[..., 70:].all()
+
+
+@pytest.mark.parametrize("num_queries", [64, 108])
+@pytest.mark.parametrize(("case", "changes"), ROW_LOCAL, ids=[case for case, _ in ROW_LOCAL])
+def test_last_queries_alone_compute_what_they_compute_in_a_whole_prompt(case, changes, num_queries):
+    num_keys = num_queries + 256  # whole tiles before them
+    q, k, v = make_qkv(1, 4, 2, num_keys, 32, structure="mixed")
+    if case == "prism":
+        # Its temperature is of all queries of a head: the same of both if they repeat.
+        q = q[:, :, :32].repeat(1, 1, -(-num_keys // 32), 1)[:, :, :num_keys]
+    method = build(case, **changes)
+    last = q[:, :, -num_queries:]
+    expected = method.plan(q, k).token_mask()[:, :, -num_queries:]
+    assert torch.equal(method.plan(last, k).token_mask(), expected)
+    whole = method(q, k, v)[:, :, -num_queries:]
+    torch.testing.assert_close(method(last, k, v), whole, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ALL)

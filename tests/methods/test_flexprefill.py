@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from baselines import flexprefill
 from baselines.flexprefill import FlexPrefill, last_query_attention, top_entries
 from pbs import BlockGrid, build_method
 from pbs.testing import make_qkv
@@ -18,6 +19,19 @@ def test_last_query_attention_by_key_and_by_distance():
         for key in range(44 + row + 1):
             expected[..., 44 + row - key] += weights[..., row, key] / 16
     torch.testing.assert_close(slash, expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 500, 2000])
+def test_chunks_of_queries_and_heads_change_nothing(chunk, monkeypatch):
+    q, k, _ = make_qkv(2, 4, 2, 300, 16, num_queries=280, structure="mixed")
+    method = FlexPrefill(block_size=32, gamma=0.7, tau=1.0)
+    vertical, slash = last_query_attention(q, k, scale=0.25, num_last=32)
+    mask = method.plan(q, k).block_mask()
+    monkeypatch.setattr(flexprefill, "MAX_CHUNK_ELEMENTS", chunk)
+    again = last_query_attention(q, k, scale=0.25, num_last=32)
+    torch.testing.assert_close(again[0], vertical, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(again[1], slash, rtol=1e-5, atol=1e-7)
+    assert torch.equal(method.plan(q, k).block_mask(), mask)
 
 
 def test_fewer_queries_than_a_block():

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -111,5 +113,31 @@ def test_pbs_plus_is_pbs_with_the_antidiagonal_selector():
     assert torch.equal(plus.plan(q, k).block_mask(), same.plan(q, k).block_mask())
     with pytest.raises(ValueError, match="use method=pbs"):
         build_method("pbs_plus", selector="meanpool")
+    with pytest.raises(ValueError, match=r"got selector_params=.*set stride and normaliser"):
+        build_method("pbs_plus", selector_params={"stride": 16})
     coarse = build_method("pbs_plus", block_size=32, segment_size=64, stride=16)
     assert not torch.equal(plus.plan(q, k).block_mask(), coarse.plan(q, k).block_mask())
+
+
+def test_pbs_plus_can_be_copied_with_other_settings():
+    method = build_method("pbs_plus", block_size=32, segment_size=64, normaliser="causal")
+    copied = replace(method, stride=16, threshold=0.5)
+    assert copied == build_method(
+        "pbs_plus",
+        block_size=32,
+        segment_size=64,
+        normaliser="causal",
+        stride=16,
+        threshold=0.5,
+    )
+    q, k, _ = make_qkv(1, 4, 2, 600, 32, structure="mixed")
+    expected = build_method(
+        "pbs",
+        block_size=32,
+        segment_size=64,
+        threshold=0.5,
+        selector="antidiagonal",
+        selector_params={"stride": 16, "normaliser": "causal"},
+    )
+    assert torch.equal(copied.plan(q, k).block_mask(), expected.plan(q, k).block_mask())
+    assert method.selector_params == copied.selector_params == {}

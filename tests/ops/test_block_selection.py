@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pbs.ops.block_selection import select_top_p_blocks
+from pbs.ops.block_selection import list_blocks, select_top_p_blocks
 from pbs.ops.block_selection.triton import MAX_KEY_TILES
 
 BACKENDS = ["reference", "triton"]
@@ -26,6 +26,15 @@ def lists(probabilities, threshold, backend, *, candidates=None, limits=None, fo
 
 def select(row, threshold, backend):
     return lists(torch.tensor(row)[None, None, None], threshold, backend)[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lists_have_the_true_places_in_ascending_order(backend):
+    mask = torch.tensor([[True, False, True, True, False], [False] * 5])[None, None]
+    blocks, counts = list_blocks(mask, backend=backend)
+    assert blocks.dtype == counts.dtype == torch.int32
+    assert counts.flatten().tolist() == [3, 0]
+    assert blocks[0, 0, 0, :3].tolist() == [0, 2, 3]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

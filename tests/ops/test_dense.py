@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from pbs.ops.dense import CHUNK_ROWS, dense_attention
+from pbs import build_method
+from pbs.ops.dense import CHUNK_ROWS, choose_dense_kernel, dense_attention
 from pbs.testing import assert_within_budget, make_qkv
 from tests.ops.attention_truth import causal_mask, eager_attention, exact_attention
 
@@ -40,3 +41,27 @@ def test_options_of_special_layers_match_their_formulas(softcap, window, has_sin
         total = total + sinks.exp()[None, :, None, None]
     expected = weights / total @ v.repeat_interleave(2, 1)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_kernel_is_chosen_and_named():
+    q, k, v = make_qkv(1, 2, 1, 100, 16)
+    assert choose_dense_kernel("auto", q, k) == "cpu"
+    expected = dense_attention(q, k, v, scale=0.25)
+    torch.testing.assert_close(dense_attention(q, k, v, scale=0.25, kernel="math"), expected)
+    method = build_method("flash", kernel="math")
+    assert method.plan(q, k).reason == "dense method (math)"
+    torch.testing.assert_close(method(q, k, v, scale=0.25), expected)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "error", "message"),
+    [
+        ("flash3", ValueError, "unknown dense kernel 'flash3'. Did you mean 'flash'"),
+        ("fa3", ImportError, "needs the package flash_attn_interface"),
+        ("cudnn", NotImplementedError, "does not support q .* on cpu; kernel='auto'"),
+    ],
+)
+def test_kernel_that_cannot_run_is_refused(kernel, error, message):
+    q, k, v = make_qkv(1, 2, 1, 100, 16)
+    with pytest.raises(error, match=message):
+        dense_attention(q, k, v, scale=0.25, kernel=kernel)

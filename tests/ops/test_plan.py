@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from pbs.ops import AttentionPlan, BlockGrid
-from pbs.ops.plan import compact
 from tests.ops.attention_truth import causal_mask
 
 
@@ -24,13 +23,6 @@ def segment_order(num_keys, segment, seed=0):
             shuffled = torch.randperm(segment, generator=generator)
             pair[start : start + segment] = start + shuffled
     return order
-
-
-def test_compact_lists_the_true_places_in_ascending_order():
-    mask = torch.tensor([[True, False, True, True], [False, False, False, False]])
-    lists, counts = compact(mask)
-    assert counts.tolist() == [3, 0]
-    assert lists[0].tolist() == [0, 2, 3]
 
 
 def test_density_counts_tiles_over_causal_tiles():

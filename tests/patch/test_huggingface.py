@@ -412,7 +412,7 @@ def test_dense_method_says_so():
     with apply_patch_with_prefill(model, build_method("flash")):
         model(random_ids(1, 203))
         report = get_patch(model).report()
-    assert report.dense_calls == {"dense method": 2}
+    assert report.dense_calls == {"dense method (cpu)": 2}
     assert report.density == 1
     assert report.num_sparse_layers == 0
 

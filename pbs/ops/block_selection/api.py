@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 from importlib import import_module
+from types import ModuleType
 
 from torch import Tensor
+
+
+def list_blocks(mask: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Lists of the True places of each row.
+
+    Args:
+        mask: bool ``[Z, H, Tq, Tk]``.
+        backend: see :func:`select_top_p_blocks`.
+
+    Returns:
+        Ascending indices, int32 ``[Z, H, Tq, F]``, and how many are valid, int32 ``[Z, H, Tq]``.
+        Entries past a row's count are undefined.
+    """
+    listed: tuple[Tensor, Tensor] = _backend(backend, mask).list_blocks(mask)
+    return listed
 
 
 def select_top_p_blocks(
@@ -39,12 +55,15 @@ def select_top_p_blocks(
         raise ValueError(
             f"expected probabilities [Z, Hq, Tq, Tk], got {tuple(probabilities.shape)}"
         )
-    if backend not in ("auto", "reference", "triton"):
-        raise ValueError(f"unknown backend {backend!r}; valid: auto, reference, triton")
-    if backend == "auto":
-        backend = "triton" if probabilities.is_cuda else "reference"
-    module = import_module(f"pbs.ops.block_selection.{backend}")
-    selected: tuple[Tensor, Tensor] = module.select_top_p_blocks(
+    selected: tuple[Tensor, Tensor] = _backend(backend, probabilities).select_top_p_blocks(
         probabilities, threshold=threshold, candidates=candidates, limits=limits, forced=forced
     )
     return selected
+
+
+def _backend(name: str, x: Tensor) -> ModuleType:
+    if name not in ("auto", "reference", "triton"):
+        raise ValueError(f"unknown backend {name!r}; valid: auto, reference, triton")
+    if name == "auto":
+        name = "triton" if x.is_cuda else "reference"
+    return import_module(f"pbs.ops.block_selection.{name}")

@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pbs.ops.plan import compact
+
+def list_blocks(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Lists as wide as the fullest row."""
+    counts = mask.sum(-1, dtype=torch.int32)
+    width = int(counts.max()) if mask.numel() else 0
+    slots = (mask.cumsum(-1, dtype=torch.int32) - 1).long()
+    slots = torch.where(mask, slots, width)
+    lists = torch.zeros(*mask.shape[:-1], width + 1, dtype=torch.int32, device=mask.device)
+    indices = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
+    lists.scatter_(-1, slots, indices.expand_as(mask))
+    return lists[..., :width].contiguous(), counts
 
 
 def select_top_p_blocks(
@@ -25,4 +35,4 @@ def select_top_p_blocks(
         mask = torch.zeros_like(mask).scatter_(-1, index, before < threshold) & mask
     if forced is not None:
         mask = mask | (tiles == forced[..., None, None])
-    return compact(mask & (tiles < limits[:, None]))
+    return list_blocks(mask & (tiles < limits[:, None]))

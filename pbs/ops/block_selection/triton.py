@@ -67,6 +67,36 @@ def select_top_p_blocks_kernel(
     tl.store(counts_ptr + row, tl.sum(kept.to(tl.int32), 0))
 
 
+@triton.jit
+def list_blocks_kernel(mask_ptr, blocks_ptr, counts_ptr, num_key_tiles, BLOCK_T: tl.constexpr):
+    """One program: one row."""
+    row = tl.program_id(0).to(tl.int64)
+    tiles = tl.arange(0, BLOCK_T)  # [T]
+    kept = tl.load(mask_ptr + row * num_key_tiles + tiles, mask=tiles < num_key_tiles, other=0)
+    kept = kept != 0
+    slots = tl.cumsum(kept.to(tl.int32), 0) - 1
+    tl.store(blocks_ptr + row * num_key_tiles + slots, tiles, mask=kept)
+    tl.store(counts_ptr + row, tl.sum(kept.to(tl.int32), 0))
+
+
+def list_blocks(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Lists as wide as the mask: their width needs no synchronisation."""
+    mask = mask.contiguous()
+    blocks = torch.empty_like(mask, dtype=torch.int32)
+    counts = torch.empty(mask.shape[:-1], dtype=torch.int32, device=mask.device)
+    _check_width(mask.shape[-1])
+    block_t = triton.next_power_of_2(mask.shape[-1])
+    list_blocks_kernel[(counts.numel(),)](
+        mask.view(torch.uint8),
+        blocks,
+        counts,
+        mask.shape[-1],
+        BLOCK_T=block_t,
+        num_warps=_num_warps(block_t),
+    )
+    return blocks, counts
+
+
 def select_top_p_blocks(
     probabilities: Tensor,
     *,
@@ -77,11 +107,7 @@ def select_top_p_blocks(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pbs.ops.block_selection.api.select_top_p_blocks`. No sort, no synchronisation."""
     batch, num_heads, num_query_tiles, num_key_tiles = probabilities.shape
-    if num_key_tiles > MAX_KEY_TILES:
-        raise NotImplementedError(
-            f"selection among {num_key_tiles} key blocks: at most {MAX_KEY_TILES} are supported; "
-            "use a larger block_size"
-        )
+    _check_width(num_key_tiles)
     probabilities = probabilities.contiguous()
     blocks = torch.empty_like(probabilities, dtype=torch.int32)
     counts = torch.empty(
@@ -104,6 +130,18 @@ def select_top_p_blocks(
         BLOCK_T=block_t,
         HAS_FORCED=forced is not None,
         KEEPS_ALL=threshold >= 1,
-        num_warps=max(1, min(16, block_t // 256)),
+        num_warps=_num_warps(block_t),
     )
     return blocks, counts
+
+
+def _check_width(num_key_tiles: int) -> None:
+    if num_key_tiles > MAX_KEY_TILES:
+        raise NotImplementedError(
+            f"selection among {num_key_tiles} key blocks: at most {MAX_KEY_TILES} are supported; "
+            "use a larger block_size"
+        )
+
+
+def _num_warps(block_t: int) -> int:
+    return max(1, min(16, block_t // 256))

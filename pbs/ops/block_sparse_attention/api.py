@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
+from pbs.ops.stages import stage
 
 
 class Backend(str, Enum):
@@ -70,7 +71,8 @@ def block_sparse_attention(
     backend = _resolve(backend, q.device.type)
     # Imported when used: a machine without Triton, or without need of it, never loads it.
     module = import_module(f"pbs.ops.block_sparse_attention.{backend.value}")
-    out: Tensor = module.block_sparse_attention(q, k, v, plan, scale=scale)
+    with stage("attention"):
+        out: Tensor = module.block_sparse_attention(q, k, v, plan, scale=scale)
     return out
 
 

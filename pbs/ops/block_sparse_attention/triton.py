@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pbs.ops.gather import gather_keys
+from pbs.ops.permutation import gather_keys
 from pbs.ops.plan import AttentionPlan
+from pbs.ops.stages import stage
 
 LOG2_E = 1.4426950408889634
 
@@ -318,8 +319,11 @@ def block_sparse_attention(
         k, v = _for_descriptor(k), _for_descriptor(v)
     ordered_k, ordered_v = k, v
     if plan.order is not None:
-        ordered_k = gather_keys(k, plan.order) if plan.ordered_keys is None else plan.ordered_keys
-        ordered_v = gather_keys(v, plan.order)
+        with stage("gather"):
+            ordered_v = gather_keys(v, plan.order)
+            ordered_k = plan.ordered_keys
+            if ordered_k is None:
+                ordered_k = gather_keys(k, plan.order)
     block_d = triton.next_power_of_2(max(head_dim, 16))
     descriptors: list[TensorDescriptor | None] = [None] * 4
     if options.use_tma:
