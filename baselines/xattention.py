@@ -10,10 +10,11 @@ from torch import Tensor
 
 from pbs.checks import check_block_size, check_choice
 from pbs.methods.base import AttentionMethod, Knob
+from pbs.ops.antidiagonal import antidiagonal_block_sums, query_groups
 from pbs.ops.grid import BlockGrid
 from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
-from pbs.selectors.antidiagonal import antidiagonal_block_sums, check_stride, query_groups
+from pbs.selectors.antidiagonal import check_stride
 
 
 @dataclass(kw_only=True)

@@ -104,7 +104,8 @@ def launches_for(architecture: int) -> list[Launch]:
 
 def cases() -> dict[str, Callable[[], object]]:
     """Label to a call of the public launcher that reaches the kernel."""
-    from pbs import build_method
+    from pbs import BlockGrid, build_method
+    from pbs.ops.antidiagonal import antidiagonal_block_sums
     from pbs.ops.block_selection import select_top_p_blocks
     from pbs.ops.block_sparse_attention import triton as attention
     from pbs.ops.permutation import triton as permutation
@@ -142,6 +143,12 @@ def cases() -> dict[str, Callable[[], object]]:
         order = torch.arange(600).expand(1, 4, -1)
         found[f"key importance bf16 D={head_dim}"] = lambda k=k: _importance(permutation, k)
         found[f"gather bf16 D={head_dim}"] = lambda k=k, o=order: permutation.gather_keys(k, o)
+    grid = BlockGrid(600, 600, 128, 128)
+    for head_dim, stride in ((128, 8), (128, 16), (64, 8)):
+        x = tensors(head_dim, torch.bfloat16)
+        found[f"antidiagonal bf16 D={head_dim} s={stride}"] = lambda x=x, s=stride: (
+            antidiagonal_block_sums(x, x, stride=s, scale=1.0, grid=grid, backend="triton")
+        )
     for segment in (256, 2048):
         scores = torch.rand(1, 4, 4096)
         found[f"sort S={segment}"] = lambda x=scores, s=segment: permutation.sort_segments(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pbs import BlockGrid, build_method
-from pbs.selectors.antidiagonal import antidiagonal_block_sums
+from pbs.ops.antidiagonal import antidiagonal_block_sums
 from tests.methods.recorded import causal_part, load, needs_oracles
 
 pytestmark = needs_oracles

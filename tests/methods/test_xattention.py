@@ -3,51 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pbs import BlockGrid, build_method
-from pbs.selectors import antidiagonal
-from pbs.selectors.antidiagonal import antidiagonal_block_sums, query_groups
+from pbs import build_method
 from pbs.testing import make_qkv
-
-
-def naive_sums(q, k, stride, scale, block):
-    """Group by group, straight from the formula."""
-    num_queries, num_keys = q.shape[2], k.shape[2]
-    offset = num_keys - num_queries
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    query_groups_count = -(-num_queries // stride)
-    key_groups_count = -(-num_keys // stride)
-    logits = torch.full((*q.shape[:2], query_groups_count, key_groups_count), float("-inf"))
-    for g in range(query_groups_count):
-        last = min((g + 1) * stride, num_queries) - 1 + offset
-        for f in range(key_groups_count):
-            if f * stride > last:
-                continue
-            total = torch.zeros(q.shape[:2])
-            for t in range(stride):
-                row, column = g * stride + stride - 1 - t, f * stride + t
-                if row < num_queries and column < num_keys:
-                    total += (q[:, :, row] * k[:, :, column]).sum(-1)
-            logits[:, :, g, f] = total * scale / stride
-    weights = logits.softmax(-1)
-    tiles = (-(-num_queries // block), -(-num_keys // block))
-    sums = torch.zeros(*q.shape[:2], *tiles)
-    per = block // stride
-    for g in range(query_groups_count):
-        for f in range(key_groups_count):
-            sums[:, :, g // per, f // per] += weights[:, :, g, f]
-    return sums
-
-
-@pytest.mark.parametrize(("num_queries", "num_keys"), [(64, 64), (50, 50), (33, 81), (1, 20)])
-@pytest.mark.parametrize("chunk", [1, 1 << 26])
-def test_sums_follow_the_formula_in_chunks_and_whole(num_queries, num_keys, chunk, monkeypatch):
-    monkeypatch.setattr(antidiagonal, "MAX_LOGITS", chunk)
-    q, k, _ = make_qkv(2, 4, 2, num_keys, 8, num_queries=num_queries)
-    grid = BlockGrid(num_queries, num_keys, 16, 16)
-    sums = antidiagonal_block_sums(q, k, stride=4, scale=0.4, grid=grid)
-    torch.testing.assert_close(sums, naive_sums(q, k, 4, 0.4, 16), rtol=1e-4, atol=1e-5)
-    rows = query_groups(grid, 4, q.device).squeeze(-1)
-    torch.testing.assert_close(sums.sum(-1), rows.float().expand(2, 4, -1))
 
 
 def test_threshold_per_head_and_layer():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pbs import BlockGrid, block_sparse_attention
+from pbs.ops.antidiagonal import antidiagonal_block_sums
 from pbs.ops.block_selection import select_top_p_blocks
 from pbs.ops.dense import dense_attention
 from pbs.ops.permutation import gather_keys, key_importance, sort_segments
@@ -88,6 +89,18 @@ def test_permutation_kernels_match_their_references(segment_size, dtype):
     order = sort_segments(scores, **arguments)
     assert torch.equal(order.cpu(), sort_segments(scores.cpu(), **arguments))
     assert torch.equal(gather_keys(k.cuda(), order).cpu(), gather_keys(k, order.cpu()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("stride", "head_dim"), [(8, 128), (16, 64), (8, 80)])
+def test_antidiagonal_kernel_matches_its_reference(stride, head_dim, dtype):
+    q, k, _ = make_qkv(1, 4, 2, 2500, head_dim, num_queries=1300, dtype=dtype)
+    grid = BlockGrid(1300, 2500, 128, 128)
+    for limits in (None, grid.past_tiles().sum(-1)):
+        arguments = {"stride": stride, "scale": 0.2, "grid": grid, "limits": limits}
+        ours = antidiagonal_block_sums(q.cuda(), k.cuda(), **arguments)
+        expected = antidiagonal_block_sums(q.float(), k.float(), **arguments)
+        torch.testing.assert_close(ours.cpu(), expected, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.9, 1.0])
