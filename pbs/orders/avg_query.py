@@ -16,4 +16,4 @@ class AverageQueryOrder(ImportanceOrder):
 
     def proxy_queries(self, q: Tensor, *, block_size: int) -> Tensor:  # noqa: ARG002
         """The mean query, summed in fp32, ``[Z, Hq, 1, D]`` in q's dtype as kernels need it."""
-        return q.mean(dim=2, keepdim=True, dtype=torch.float32)  # XX
+        return q.mean(dim=2, keepdim=True, dtype=torch.float32).to(q.dtype)
