@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pbs.ops.block_sparse_attention import Backend, block_sparse_attention
 from pbs.ops.dense import dense_attention
-from pbs.ops.grid import Geometry
+from pbs.ops.grid import BlockGrid, Geometry
 from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.stages import stage
@@ -69,6 +69,8 @@ class AttentionMethod(ABC):
 
     Args:
         backend: who computes a sparse plan: "auto", "reference", "cpu" or "triton".
+        dense_below: calls with fewer keys run dense, where selecting costs more than it saves; such
+            calls are recorded as dense. 0: the method always decides itself.
 
     ``knob`` is the parameter by which methods are compared at equal density or coverage; None if
     there is none.
@@ -77,6 +79,7 @@ class AttentionMethod(ABC):
     knob: ClassVar[Knob | None] = None
 
     backend: str = "auto"
+    dense_below: int = 0
     recorder: Callable[[CallRecord], None] | None = field(
         default=None, init=False, repr=False, compare=False
     )
@@ -86,6 +89,10 @@ class AttentionMethod(ABC):
         names = [member.value for member in Backend]
         if self.backend not in names:
             raise ValueError(f"unknown backend {self.backend!r}; valid: {', '.join(names)}")
+        if isinstance(self.dense_below, bool) or not isinstance(self.dense_below, int):
+            raise TypeError(f"dense_below must be an integer, got {self.dense_below!r}")
+        if self.dense_below < 0:
+            raise ValueError(f"dense_below must be at least 0 keys, got {self.dense_below}")
 
     @abstractmethod
     def plan(
@@ -169,7 +176,12 @@ class AttentionMethod(ABC):
         """Plan and compute sequences of one length without padding."""
         if scale is None:
             scale = q.shape[3] ** -0.5
-        plan = self.plan(q, k, scale=scale, layer_idx=layer_idx)
+        if k.shape[2] < self.dense_below:
+            grid = BlockGrid(q.shape[2], k.shape[2], 128, 128)
+            reason = f"fewer keys than dense_below={self.dense_below}"
+            plan = AttentionPlan.dense(grid, q.shape[0], q.shape[1], device=q.device, reason=reason)
+        else:
+            plan = self.plan(q, k, scale=scale, layer_idx=layer_idx)
         if self.recorder is not None:
             self.recorder(CallRecord(layer_idx, q, k, scale, plan))
         if plan.is_dense:

@@ -241,3 +241,17 @@ def test_recorder_hears_what_each_call_did():
         (None, "no more keys than segment_size=64"),
     ]
     assert torch.equal(heard[0].plan.density(), method.plan(q, k).density())
+
+
+def test_short_prompts_run_dense_if_asked_to_and_say_so():
+    q, k, v = make_qkv(1, 4, 2, 300, 32)
+    heard = []
+    method = build("pbs", dense_below=301)
+    method.recorder = heard.append
+    dense_check(method(q, k, v), q, k, v)
+    assert heard[0].plan.reason == "fewer keys than dense_below=301"
+    at_length = build("pbs", dense_below=300)
+    torch.testing.assert_close(at_length(q, k, v), build("pbs")(q, k, v))
+    for value, error in ((-1, ValueError), (1.5, TypeError)):
+        with pytest.raises(error, match="dense_below must be"):
+            build("pbs", dense_below=value)
