@@ -18,8 +18,8 @@ from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
 from pbs.selectors.pooling import block_logits, mean_pool, softmax_over
 
-# Probabilities of the last queries, and entries ranked together, held at once: 16 MiB in fp32.
-MAX_CHUNK_ELEMENTS = 1 << 22
+# Probabilities of the last queries, and entries ranked together, held at once: 32 MiB in fp32.
+MAX_CHUNK_ELEMENTS = 1 << 23
 
 
 @dataclass(kw_only=True)

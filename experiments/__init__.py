@@ -1,0 +1,1 @@
+"""Experiments: the runner, its benches, results, statistics and pictures."""

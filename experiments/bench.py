@@ -4,20 +4,33 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from experiments.config import RunConfig
+from experiments.config import ConfigError, RunConfig
 from experiments.store import Record
 from pbs.registry import Registry
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from experiments.coverage import CoverageProbe
     from experiments.models import LoadedModel
     from pbs.methods import AttentionMethod
 
 # One line per bench. The modules must be quick to import: heavy imports go into their functions.
-BENCHES = Registry("bench", {"needle": "experiments.needle:NeedleBench"})
+BENCHES = Registry(
+    "bench",
+    {
+        "needle": "experiments.needle:NeedleBench",
+        "attention": "experiments.attention_bench:AttentionBench",
+        "ttft": "experiments.ttft_bench:TtftBench",
+        "longbench": "experiments.opencompass.longbench:LongBench",
+        "longbench_v2": "experiments.opencompass.longbench_v2:LongBenchV2",
+        "ruler": "experiments.opencompass.ruler:Ruler",
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,8 @@ class Bench(ABC):
     needs_model: ClassVar[bool] = True
 
     limit: int | None = None
+    # Parts that failed in this run while others went on: the run has failed, with results.
+    failures: dict[str, dict[str, Any]] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         """Check the parameters; subclasses call ``super().__post_init__()`` first."""
@@ -64,6 +79,9 @@ class Bench(ABC):
     def is_partial(self) -> bool:
         """Whether the result stands for less than the whole bench."""
         return self.limit is not None
+
+    def prepare(self, cfg: RunConfig) -> None:  # noqa: B027 - most benches check nothing
+        """Check what can be checked before a model is loaded; may raise ConfigError."""
 
     @abstractmethod
     def run(self, context: Context) -> None:
@@ -78,6 +96,49 @@ class Bench(ABC):
             :func:`experiments.results.load`. Names that tables and pictures know: ``accuracy``,
             ``num_samples``, ``density``, ``coverage``, ``prefill_seconds``.
         """
+
+    def paired_scores(
+        self,
+        ours: Sequence[Record],  # noqa: ARG002 - see the subclasses
+        dense: Sequence[Record],  # noqa: ARG002
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Scores (0 to 1) by sample id of two runs on the same samples, to be compared in pairs.
+
+        Only benches whose answers are not simply right or wrong have them.
+        """
+        return {}, {}
+
+    def held_out(
+        self,
+        model: LoadedModel,  # noqa: ARG002 - see the subclasses
+        *,
+        lengths: Sequence[int] | None,  # noqa: ARG002
+        num_prompts: int,  # noqa: ARG002
+        seed: int,  # noqa: ARG002
+    ) -> list[tuple[str, Tensor]]:
+        """Prompts like those of the bench that it never measures, to set a method's knob on.
+
+        Args:
+            model: the loaded model.
+            lengths: in tokens; default: the bench's.
+            num_prompts: of each length.
+            seed: of the bench's own prompts.
+
+        Returns:
+            Names and token ids ``[1, N]`` on the model's device.
+
+        Raises:
+            ConfigError: the bench has none.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} has no held-out prompts; match needs bench=needle"
+        )
+
+    def coverage_probe(self, model: LoadedModel) -> CoverageProbe:  # noqa: ARG002
+        """What measures coverage the way the bench does; default: everything."""
+        from experiments.coverage import CoverageProbe
+
+        return CoverageProbe()
 
     def draw(self, context: Context) -> list[Path]:  # noqa: ARG002 - most benches draw nothing
         """Pictures of this run, in its folder."""

@@ -19,7 +19,19 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from experiments.config import CONF, ConfigError, RunConfig, make_schema
 
-GROUPS = ("model", "method", "order", "selector", "bench", "logger", "experiment", "debug", "paths")
+GROUPS = (
+    "model",
+    "method",
+    "order",
+    "selector",
+    "bench",
+    "match",
+    "runner",
+    "logger",
+    "experiment",
+    "debug",
+    "paths",
+)
 
 HELP = """\
 Compares sparse prefill attention methods: a model, a method, a bench.
@@ -34,6 +46,7 @@ Examples
   python run.py -m method=flash,meanpool,pbs bench=needle model=tiny
   python run.py -m method=pbs method.threshold=0.5,0.7,0.9 method.block_size=64,128 bench=needle
   python run.py method=pbs model=hf model.path=/path/to/a/checkpoint
+  python run.py method=meanpool match=density match.target=0.3
   python run.py experiment=demo
 
 Keys and their values: add --cfg job, as in `python run.py method=pbs --cfg job`.

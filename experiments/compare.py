@@ -7,7 +7,7 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
-from experiments.config import DENSE, RunConfig
+from experiments.config import DENSE, RunConfig, parameters
 from experiments.store import Record, RunStore
 from pbs.methods import METHODS
 from pbs.registry import Registry
@@ -57,22 +57,47 @@ def dense_command(cfg: RunConfig, overrides: Sequence[str]) -> str:
 
 
 def compare_with_dense(cfg: RunConfig, records: Sequence[Record]) -> dict[str, Any] | None:
-    """The paired difference in accuracy to the dense run of the same samples.
+    """The paired difference in accuracy or score to the dense run of the same samples.
 
     Returns:
         None without such a run, for dense attention itself, and for benches without right and
-        wrong answers.
+        wrong answers and without scores.
     """
     from experiments.statistics import compare_paired
 
     dense = None if cfg.method["name"] == DENSE else find_dense(cfg)
     if dense is None:
         return None
+    dense_records = dense.samples()
     ours = _answers(records)
-    theirs = _answers(dense.samples())
+    theirs = _answers(dense_records)
     if not ours.keys() & theirs.keys():
-        return None
+        return _compare_scores(cfg, dense.folder.name, records, dense_records)
     return {"hash": dense.folder.name, **asdict(compare_paired(ours, theirs, partial=True))}
+
+
+def _compare_scores(
+    cfg: RunConfig, digest: str, records: Sequence[Record], dense_records: Sequence[Record]
+) -> dict[str, Any] | None:
+    """The same of real-valued scores: how the overall score differs, and which samples moved."""
+    from experiments.bench import BENCHES
+    from experiments.statistics import compare_paired_scores
+
+    bench = BENCHES.load(cfg.bench["name"])(**parameters(cfg.bench))
+    ours, theirs = bench.paired_scores(records, dense_records)
+    if not ours:
+        return None
+    comparison = compare_paired_scores(ours, theirs, partial=True)
+    num_alone = len({record["sample_id"] for record in records} ^ {
+        record["sample_id"] for record in dense_records
+    })  # fmt: skip
+    return {
+        "hash": digest,
+        **asdict(comparison),
+        "num_unpaired": num_alone,
+        "gained": sorted(sample for sample in ours if ours[sample] > theirs[sample]),
+        "lost": sorted(sample for sample in ours if ours[sample] < theirs[sample]),
+    }
 
 
 def config_of(folder: Path) -> RunConfig:

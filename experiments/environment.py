@@ -7,12 +7,13 @@ import platform
 import subprocess
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from experiments.config import ROOT
-
+# Not from experiments.config: machines with a GPU may have no hydra.
+ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "torch",
     "triton",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
+import sys
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +23,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from experiments.config import ROOT, ConfigError, ModelConfig
 from experiments.console import CONSOLE
+from experiments.distributed import check_tensor_parallel
+from experiments.random_weights import draw_model
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +35,12 @@ class LoadedModel:
 
     Attributes:
         model: in evaluation mode, on its device.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; None for random weights without one.
         max_length: longest prompt plus answer, in tokens.
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     max_length: int
 
     @property
@@ -63,15 +67,18 @@ def load_model(config: ModelConfig) -> LoadedModel:
 @lru_cache(maxsize=1)
 def _load(key: str) -> LoadedModel:
     config = ModelConfig(**json.loads(key))
-    source = resolve_path(config.path)
+    check_tensor_parallel(config.tp)
+    source = resolve_path(config.source)
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    logger.info("loading %s", config.path)
+    logger.info("loading %s", config.source)
     if not CONSOLE.is_terminal:
         disable_progress_bar()
     dtype, device = _dtype(config), _device(config)
     try:
         architecture = AutoConfig.from_pretrained(source, **options)
         _change(architecture, config.config or {})
+        if config.weights == "random":
+            return _draw(config, architecture, dtype, device)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(
             source,
@@ -79,16 +86,36 @@ def _load(key: str) -> LoadedModel:
             dtype=dtype,
             device_map=config.device_map,
             use_safetensors=True,
+            **(_tensor_parallel() if config.tp else {}),
             **options,
         )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(_explain(config, error)) from error
-    if config.device_map is None:
+    if config.device_map is None and not config.tp:
         model = model.to(device)
     limit = config.max_length or getattr(architecture, "max_position_embeddings", None)
     if limit is None:
         raise ConfigError(f"{config.path} states no longest prompt; add model.max_length=...")
     return LoadedModel(model.eval(), tokenizer, limit)
+
+
+def _draw(
+    config: ModelConfig, architecture: Any, dtype: str | torch.dtype, device: torch.device
+) -> LoadedModel:
+    """The architecture with random weights, and its tokenizer if there is one."""
+    if config.tp or config.device_map is not None:
+        raise ConfigError(
+            "model.weights=random draws the whole model on one device; leave out model.tp and "
+            "model.device_map"
+        )
+    if dtype == "auto":
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = draw_model(architecture, dtype=dtype, device=device)
+    tokenizer = None
+    if (Path(resolve_path(config.source)) / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(resolve_path(config.source))
+    # RoPE has an angle for any position, and the weights mean nothing: any length can be timed.
+    return LoadedModel(model, tokenizer, config.max_length or sys.maxsize)
 
 
 def resolve_path(path: str) -> str:
@@ -111,6 +138,17 @@ def resolve_path(path: str) -> str:
             "tokenizer files, or a name on the hub such as Qwen/Qwen3-8B"
         )
     return path
+
+
+def _tensor_parallel() -> dict[str, Any]:
+    """The option that shards a model over the processes, in any version's words."""
+    try:
+        from transformers.distributed import DistributedConfig
+    except ImportError:
+        return {"tp_plan": "auto"}
+    if "tp_plan" not in inspect.signature(DistributedConfig).parameters:
+        return {"tp_plan": "auto"}
+    return {"distributed_config": DistributedConfig(tp_plan="auto")}
 
 
 def _dtype(config: ModelConfig) -> str | torch.dtype:

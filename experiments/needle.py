@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Prompt length of the attention map: long enough for the structure, short enough to see tiles.
 MAP_LENGTH = 2048
+# Indices of measured samples are below.
+HELD_OUT_INDEX = 1_000_000
 
 
 def _all_tasks() -> list[str]:
@@ -69,6 +71,10 @@ class NeedleBench(Bench):
                 raise ValueError(f"bench.{name} must name at least one, each once, got {values}")
         if min(self.depths) < 0 or max(self.depths) > 1:
             raise ValueError(f"bench.depths must lie in [0, 1], got {self.depths}")
+        if self.num_samples > HELD_OUT_INDEX:
+            raise ValueError(
+                f"bench.num_samples must be at most {HELD_OUT_INDEX}, got {self.num_samples}"
+            )
         if self.num_samples < 1 or self.coverage_every < 0 or min(self.lengths) < 1:
             raise ValueError(
                 "bench.num_samples and bench.lengths must be positive, bench.coverage_every not "
@@ -126,7 +132,7 @@ class NeedleBench(Bench):
                     is_warm = True
                 record = answer(model, sample, inputs)
                 if wants_coverage:
-                    record |= measure_coverage(model, method, inputs, self._probe(model))
+                    record |= measure_coverage(model, method, inputs, self.coverage_probe(model))
                 record["seconds"] = time.perf_counter() - started
                 context.add(record)
 
@@ -188,7 +194,34 @@ class NeedleBench(Bench):
             )
         ]
 
-    def _probe(self, model: LoadedModel) -> CoverageProbe:
+    def held_out(
+        self,
+        model: LoadedModel,
+        *,
+        lengths: Sequence[int] | None,
+        num_prompts: int,
+        seed: int,
+    ) -> list[tuple[str, torch.Tensor]]:
+        """See the base class. Tasks and depths take turns; the indices are never measured."""
+        from experiments.needle_tasks import make_sample
+
+        prompts = []
+        for length in lengths or self.lengths:
+            for _ in range(num_prompts):
+                number = len(prompts)
+                sample = make_sample(
+                    self.tasks[number % len(self.tasks)],
+                    length=length,
+                    depth=self.depths[number % len(self.depths)],
+                    index=HELD_OUT_INDEX + number,
+                    seed=seed,
+                    tokenizer=model.tokenizer,
+                )
+                prompts.append((sample.sample_id, encode_sample(model, sample)))
+        return prompts
+
+    def coverage_probe(self, model: LoadedModel) -> CoverageProbe:
+        """See the base class."""
         from experiments.coverage import CoverageProbe
 
         last = num_layers(model) - 1

@@ -108,6 +108,8 @@ def _read(folder: Path) -> dict[str, Any]:
         run |= {f"method.{key}": value for key, value in config["method"].items() if key != "name"}
         if metrics:
             error = metrics.get("error")
+            match = metrics.get("match") or {}
+            run |= {f"match.{key}": value for key, value in match.items()}
             run |= {
                 "status": metrics["status"],
                 "partial": metrics.get("partial"),

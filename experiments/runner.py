@@ -17,6 +17,7 @@ from experiments.bench import BENCHES, Bench, Context
 from experiments.compare import compare_with_dense, describe
 from experiments.config import RunConfig, parameters
 from experiments.console import SampleProgress, log_to, show_messages
+from experiments.distributed import join_ranks
 from experiments.environment import describe_environment
 from experiments.matched import Calibration, calibrate
 from experiments.models import LoadedModel, load_model
@@ -39,8 +40,11 @@ def run_cell(composed: DictConfig) -> Path:
             ``metrics.json`` and do not raise, so that a sweep goes on.
     """
     show_messages()
-    cfg = RunConfig.from_hydra(composed)
-    overrides = _overrides()
+    with join_ranks(RunConfig.from_hydra(composed)) as cfg:
+        return _run_cell(cfg, _overrides())
+
+
+def _run_cell(cfg: RunConfig, overrides: list[str]) -> Path:
     if cfg.match is not None and METHODS.load(cfg.method["name"]).knob is None:
         logger.info("%s has no knob to match with: it runs as it is", cfg.method["name"])
         cfg = replace(cfg, match=None)
@@ -116,13 +120,20 @@ def _run_locked(
             torch.cuda.empty_cache()
         return
     metrics = {**facts, **results, "status": "finished"}
+    if bench.failures:
+        metrics |= {"status": "failed", "error": _describe_failures(bench.failures)}
     if calibration is not None:
         total = metrics["results"]["total"]
         metrics["match"] = {**facts["match"], "measured": total.get(calibration.quantity)}
     store.write_metrics(metrics)
     pictures = _draw(bench, context)
-    tracker.finish(_summary(metrics), table=metrics["results"]["cells"], pictures=pictures)
-    logger.info("%s: finished in %.0f s, %s", title, metrics["seconds"], store.folder)
+    tracker.finish(
+        _summary(metrics),
+        table=metrics["results"]["cells"],
+        pictures=pictures,
+        failed=bool(bench.failures),
+    )
+    logger.info("%s: %s in %.0f s, %s", title, metrics["status"], metrics["seconds"], store.folder)
 
 
 def _title(cfg: RunConfig) -> str:
@@ -184,6 +195,7 @@ def _measure(
     """Everything between an empty or half-filled folder and its metrics."""
     torch.manual_seed(cfg.seed)
     bench = build_bench(cfg.bench)
+    bench.prepare(cfg)
     method = build_method(cfg.method["name"], **parameters(cfg.method))
     model = load_model(cfg.model) if bench.needs_model else None
     gate = None
@@ -217,6 +229,7 @@ def _measure(
         "results": bench.summarise(records),
         "against_dense": compare_with_dense(cfg, records),
         "gate": gate,
+        "failures": bench.failures,
     }
     return bench, context, results
 
@@ -258,6 +271,18 @@ def _describe_error(error: Exception) -> dict[str, str]:
         "type": type(error).__name__,
         "message": str(error),
         "traceback": "".join(traceback.format_exception(error)),
+    }
+
+
+def _describe_failures(failures: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The error of a run in which some parts failed; each part's own stands under "failures"."""
+    named = [
+        f"{part} ({failure['type']}: {failure['message']})" for part, failure in failures.items()
+    ]
+    return {
+        "type": "PartsFailed",
+        "message": f"{len(named)} parts failed: {'; '.join(named)}",
+        "traceback": "\n".join(failure["traceback"] for failure in failures.values()),
     }
 
 

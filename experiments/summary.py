@@ -10,6 +10,8 @@ import pandas as pd
 
 from experiments.compare import config_of
 from experiments.console import show_messages
+from experiments.distributed import is_follower
+from experiments.opencompass.report import report_scores
 from experiments.store import RunStore
 from experiments.table import Row, make_rows, show, write
 from experiments.tracking import Tracker
@@ -26,6 +28,8 @@ def report(folders: Sequence[Path]) -> int:
         folders: run folders, in the order they ran.
     """
     show_messages()
+    if is_follower():  # another process writes the results
+        return 0
     groups: dict[Path, list[Path]] = {}
     for folder in folders:
         cells = groups.setdefault(folder.parent.parent, [])
@@ -34,9 +38,10 @@ def report(folders: Sequence[Path]) -> int:
     is_failed = False
     for group, cells in groups.items():
         rows = make_rows(cells)
-        is_failed |= any(row["status"] != "finished" for row in rows)
+        is_failed |= any(row["status"] not in ("finished", "unreachable") for row in rows)
         write(group, rows)
         show(group, rows)
+        report_scores(group, cells)
         is_stale = _is_stale(group, cells)
         if is_stale:
             _draw(group, config_of(cells[-1]).sample_set)
@@ -83,16 +88,21 @@ def _notes(group: Path, rows: Sequence[Row], pictures: Iterable[Path]) -> list[s
     """What to know and where to look."""
     notes = []
     if any(row.get("prefill_seconds") for row in rows):
-        notes.append(
-            "brackets: accuracy and difference 95 % intervals (Wilson; paired, Newcombe), "
-            "time 20th to 80th percentile"
+        has_scores = any(
+            row.get("score") is not None and row.get("accuracy") is None for row in rows
         )
+        intervals = (
+            "difference of the overall scores 95 % interval (paired bootstrap over samples)"
+            if has_scores
+            else "accuracy and difference 95 % intervals (Wilson; paired, Newcombe)"
+        )
+        notes.append(f"brackets: {intervals}, time 20th to 80th percentile")
     commands = {row["dense_command"]: None for row in rows if row["dense_command"]}
     notes += [f"no dense run to compare with; make it with: {command}" for command in commands]
     notes += [
-        f"failed: {row['label']}: {_first_line(row['error'])} ({row['path']}/metrics.json)"
+        f"{row['status']}: {row['label']}: {_first_line(row['error'])} ({row['path']}/metrics.json)"
         for row in rows
-        if row["status"] == "failed"
+        if row["status"] in ("failed", "unreachable")
     ]
     notes.append(f"results: {group}, table: {group / 'summary.csv'} and summary.md")
     notes += [f"picture: {path}" for path in pictures]

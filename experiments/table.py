@@ -46,11 +46,16 @@ def _row(folder: Path, cfg: RunConfig) -> Row:
         "path": str(folder),
         "dense_command": None,
     }
+    match = metrics.get("match") or {}
+    row |= {f"match_{key}": value for key, value in match.items()}
     if row["status"] != "finished":
         return row
     results = metrics["results"]
     length, timed = _longest(results)
-    totals = ("num_samples", "accuracy", "accuracy_low", "accuracy_high", "density", "coverage")
+    totals = (
+        *("num_samples", "score", "accuracy", "accuracy_low", "accuracy_high"),
+        *("density", "coverage"),
+    )
     row |= {key: results["total"].get(key) for key in totals}
     row |= {"timed_length": length}
     row |= {key: timed.get(key) for key in ("prefill_seconds", "prefill_p20", "prefill_p80")}
@@ -106,15 +111,36 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[str]]:
     """Heading to formatted cells."""
     lengths = {row["timed_length"] for row in rows if row.get("timed_length")}
     where = f" at {lengths.pop()} tokens" if len(lengths) == 1 else ""
+    matched = {}
+    if any(row.get("match_target") is not None for row in rows):
+        matched["target: held-out, %"] = [_target(row) for row in rows]
+    accuracy = [_percent(row, "accuracy", "accuracy_low", "accuracy_high") for row in rows]
+    has_scores = any(row.get("score") is not None and row.get("accuracy") is None for row in rows)
     return {
         "method": [row["label"] for row in rows],
-        "accuracy, %": [_percent(row, "accuracy", "accuracy_low", "accuracy_high") for row in rows],
+        **matched,
+        **({"score": [_score(row) for row in rows]} if has_scores else {"accuracy, %": accuracy}),
         "difference to dense, points": [_difference(row) for row in rows],
         "density, %": [_percent(row, "density") for row in rows],
         "coverage, %": [_percent(row, "coverage") for row in rows],
         f"prefill{where}, ms": [_time(row) for row in rows],
         "speed-up over dense": [_speed_up(row) for row in rows],
     }
+
+
+def _target(row: Row) -> str:
+    """What the knob was to reach, and what it reached on the prompts it was set on."""
+    if row.get("match_target") is None:
+        return ""
+    target = f"{row['match_quantity']} {100 * row['match_target']:g}"
+    return f"{target}: {'' if row['match_is_met'] else 'nearest '}{100 * row['match_held_out']:.1f}"
+
+
+def _score(row: Row) -> str:
+    """A score of 0 to 100, of benches whose answers are not simply right or wrong."""
+    if row["status"] != "finished":
+        return row["status"]
+    return "–" if row.get("score") is None else f"{row['score']:.2f}"
 
 
 def _percent(row: Row, key: str, low: str = "", high: str = "") -> str:
@@ -163,8 +189,10 @@ def show(group: Path, rows: Sequence[Row]) -> None:
         padding=(0, 1, 0, 0),
     )
     columns = _columns(rows)
+    # One column more, and longer names: the headings make room.
+    is_matched = "target: held-out, %" in columns
     for index, name in enumerate(columns):
-        heading = name.replace(" ", "\n") if is_narrow else name
+        heading = name.replace(" ", "\n") if is_narrow or is_matched else name
         if index == 0:
             table.add_column(heading, overflow="fold")
         else:

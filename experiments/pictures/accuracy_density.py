@@ -26,6 +26,8 @@ _PLACES = [
     for radius in (12, 20, 30, 42, 56, 75, 100)
     for angle in np.deg2rad([0, 180, 35, -35, 145, -145, 90, -90])
 ]
+# With more swept methods than this the settings stay out: there is no room, and the table has them.
+_MOST_SWEPT = 4
 # From this distance on a thin line leads from the label to its point.
 _LEADER_FROM = 25
 
@@ -66,6 +68,9 @@ def draw_accuracy_density(
     figure = new_figure(8.0, 5.4)
     axes = figure.add_subplot()
     labels: list[_Label] = []
+    num_swept = int((frame["method"].value_counts() > 1).sum())
+    if num_swept > _MOST_SWEPT and "setting" in frame:
+        frame = frame.drop(columns="setting")
     for method, runs in frame.groupby("method", sort=True):
         labels += _draw_runs(axes, str(method), runs.sort_values("density"))
     axes.set_xlim(0, max(1.0, float(frame["density"].max())) * 1.08)
@@ -128,7 +133,8 @@ def _draw_runs(axes: Axes, method: str, runs: pd.DataFrame) -> list[_Label]:
         yerr=bars,
         color=look.colour,
         marker=look.marker,
-        markersize=15 if is_dense else 9,
+        # Large enough to show behind a method that computes everything, too.
+        markersize=20 if is_dense else 9,
         markeredgecolor="white",
         linestyle="-" if len(x) > 1 else "none",
         linewidth=1.6,
@@ -196,7 +202,8 @@ def _place_labels(axes: Axes, labels: Sequence[_Label], frame: pd.DataFrame) -> 
             # Of the text alone: an annotation's own box has the leader in it.
             box = Text.get_window_extent(text, renderer).padded(2)
             is_free = not any(box.overlaps(other) for other in taken)
-            if is_free and inside.x0 < box.x0 < box.x1 < inside.x1 and box.y1 < inside.y1:
+            is_inside = inside.x0 < box.x0 and box.x1 < inside.x1
+            if is_free and is_inside and inside.y0 < box.y0 and box.y1 < inside.y1:
                 taken.append(box)
                 break
             text.remove()

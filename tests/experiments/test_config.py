@@ -57,6 +57,49 @@ def test_an_option_states_no_default_of_its_own(compose_cell, name):
     assert build_method(name, **params) == build_method(name)
 
 
+def method_settings(compose_cell, option):
+    return {
+        key: value
+        for key, value in cell(compose_cell, f"method={option}").method.items()
+        if key != "backend"
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "pbs_paper", "authors"),
+    [
+        (
+            "flexprefill",
+            {"gamma": 0.95, "tau": 0.1, "block_size": 128, "min_budget": None},
+            {"min_budget": 1024},
+        ),
+        ("xattention", {"stride": 8, "threshold": 0.9, "block_size": 128}, {"stride": 16}),
+        ("minference", {"preset": "paper", "config_path": None}, {"preset": "llama31-v2"}),
+    ],
+)
+def test_the_authors_setting_differs_from_the_pbs_papers_as_stated(
+    compose_cell, name, pbs_paper, authors
+):
+    default = method_settings(compose_cell, name)
+    assert {key: default[key] for key in pbs_paper} == pbs_paper
+    assert method_settings(compose_cell, f"{name}_authors") == {**default, **authors}
+
+
+@pytest.mark.parametrize(
+    ("name", "only"),
+    [
+        ("meanpool", {"block_size": 128, "threshold": 0.9, "force_select_first_block": True}),
+        ("prism", {"block_size": 128, "threshold": 0.95, "high_dims": None, "low_dims": None}),
+        ("streaming", {"n_init": 1024, "n_local": 4096, "num_last_full": 0}),
+        ("pbs", {"block_size": 128, "segment_size": 256, "threshold": 0.9, "order": "last_block"}),
+    ],
+)
+def test_methods_with_one_setting(compose_cell, name, only):
+    default = method_settings(compose_cell, name)
+    assert {key: default[key] for key in only} == only
+    assert not (CONF / "method" / f"{name}_authors.yaml").exists()
+
+
 @pytest.mark.parametrize(
     "override",
     [

@@ -108,7 +108,7 @@ def test_a_record_says_what_ran_and_how(tiny):
     assert record["prefill_seconds"] > 0
     with apply_patch_with_prefill(tiny.model, build_method("flash")):
         record = answer(tiny, sample, encode_sample(tiny, sample))
-    assert record["dense_calls"] == {"dense method": 2}
+    assert record["dense_calls"] == {"dense method (cpu)": 2}
     assert record["density"] == 1
 
 
