@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu check format lint type kernels clean
+.PHONY: help setup demo test test-gpu check format lint type kernels bench bench-gpu clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,12 @@ type: $(VENV)/.dev ## Check the types of the library
 
 kernels: $(VENV)/.core ## Compile every Triton kernel for sm_80, sm_90 and sm_100 and check it
 	$(BIN)/python -m experiments.kernel_report
+
+bench: $(VENV)/.core ## Gate, then attention beside PyTorch's SDPA on this CPU (minutes)
+	$(BIN)/python -m experiments.bench_cpu --out outputs/bench_cpu
+
+bench-gpu: $(VENV)/.core ## All numbers that need a GPU, in nine minutes
+	$(BIN)/python -m experiments.bench_gpu --out outputs/bench_gpu
 
 clean: ## Remove .venv and caches, keep outputs
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info

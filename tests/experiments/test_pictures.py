@@ -128,6 +128,24 @@ def test_labels_do_not_overlap(tmp_path, figures):
     assert all(figure.bbox.x0 < box.x0 < box.x1 < figure.bbox.x1 for box in boxes)
 
 
+def test_many_swept_methods_keep_their_names_and_lose_their_settings(tmp_path, figures):
+    points = [
+        {"method": method, "setting": f"τ={density:.3f}", "density": density, "num_samples": 50}
+        | {"accuracy": 0.3 + density + 0.01 * number}
+        for number, method in enumerate(LOOKS)
+        for density in (0.2 + 0.002 * number, 0.4 - 0.003 * number)
+    ]
+    draw_accuracy_density(pd.DataFrame(points), tmp_path / "picture.png")
+    axes = figures[0].axes[0]
+    renderer = figures[0].canvas.get_renderer()
+    inside = axes.get_window_extent(renderer)
+    assert len(axes.texts) >= 4
+    assert not [text for text in texts(figures[0]) if text.startswith("τ")]
+    for text in axes.texts:
+        box = Text.get_window_extent(text, renderer)
+        assert inside.y0 < box.y0 < box.y1 < inside.y1
+
+
 def test_bars_are_wilson_intervals(tmp_path, figures):
     frame = pd.DataFrame([{"method": "pbs", "density": 0.4, "accuracy": 1.0, "num_samples": 10}])
     draw_accuracy_density(frame, tmp_path / "picture.png", title="one run")

@@ -1,0 +1,152 @@
+"""A method that pays for its own order and selection and then computes an exact share of the tiles.
+
+Times at a stated density need it: what a method selects depends on inputs, and inputs of random
+weights mean nothing. Legend: see :mod:`pbs.ops.grid`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from pbs.methods.base import AttentionMethod
+from pbs.ops.grid import BlockGrid
+from pbs.ops.plan import AttentionPlan
+
+
+@dataclass(kw_only=True)
+class ControlledDensity(AttentionMethod):
+    """Runs another method's order and selection, then replaces the selected tiles by random ones.
+
+    Each query tile gets a share of its earlier tiles in proportion to how many there are, block 0
+    first, the others drawn per head: neighbours and heads of a group share no more tiles than
+    chance has it, which is hard on caches. The lists are drawn once per shape and outside timed
+    calls if the shape has been seen; replacing costs nothing.
+
+    Args:
+        method: whose order and selection are paid for; its plan must consist of whole tiles.
+        target_density: tiles computed / causal tiles, at least the share of the tiles that are
+            always computed; met to the nearest tile.
+        seed: of the draw.
+    """
+
+    method: AttentionMethod
+    target_density: float
+    seed: int = 0
+    _lists: dict[tuple[object, ...], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.backend = self.method.backend
+        if not 0 < self.target_density <= 1:
+            raise ValueError(f"target_density must lie in (0, 1], got {self.target_density}")
+
+    def plan(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        scale: float | None = None,
+        layer_idx: int | None = None,
+    ) -> AttentionPlan:
+        """See the base class; a plan that is dense stays so.
+
+        Raises:
+            NotImplementedError: the method computes single columns, moves queries, or has windows
+                that differ between heads.
+            ValueError: the density is less than what is always computed.
+        """
+        own = self.method.plan(q, k, scale=scale, layer_idx=layer_idx)
+        if own.is_dense:
+            return own
+        special = (own.columns, own.query_order, own.local_window)
+        if own.windows.shape[1] != 1 or any(x is not None for x in special):
+            raise NotImplementedError(
+                f"{type(self.method).__name__} does not compute whole tiles of keys with the same "
+                "windows in every head; a density can be set for PBS (target='keys'), MeanPooling, "
+                "XAttention and Prism"
+            )
+        key = (own.grid, own.num_heads, own.device, own.windows.shape)
+        if key not in self._lists:
+            # One shape at a time: at 512K the lists are 0.5 GB.
+            self._lists.clear()
+            self._lists[key] = random_tiles(
+                own.grid,
+                own.num_heads,
+                first_window=own.windows[0, 0, :, 0] // own.grid.key_tile,
+                num_windows=int(own.num_windows[0, 0].sum()),
+                density=self.target_density,
+                seed=self.seed,
+            )
+        blocks, num_blocks = self._lists[key]
+        return replace(own, blocks=blocks, num_blocks=num_blocks)
+
+
+def random_tiles(
+    grid: BlockGrid,
+    num_heads: int,
+    *,
+    first_window: Tensor,
+    num_windows: int,
+    density: float,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Lists of random earlier tiles that make up a density together with the windows.
+
+    Args:
+        grid: the tiles.
+        num_heads: Hq.
+        first_window: key tile of each query tile's first window, int ``[Tq]``; tiles before it
+            may be drawn.
+        num_windows: windows of one head, of all query tiles together.
+        density: tiles computed / causal tiles.
+        seed: of the draw.
+
+    Returns:
+        Ascending key tiles, int32 ``[1, Hq, Tq, F]``, and counts, int32 ``[1, Hq, Tq]``.
+
+    Raises:
+        ValueError: the windows alone are denser.
+    """
+    device = first_window.device
+    candidates = first_window.long()
+    total = int(candidates.sum())
+    wanted = round(density * grid.num_causal_tiles) - num_windows
+    if not 0 <= wanted <= total:
+        least = num_windows / grid.num_causal_tiles
+        most = (num_windows + total) / grid.num_causal_tiles
+        raise ValueError(
+            f"density {density} cannot be had for {grid.num_keys} keys: the windows alone make "
+            f"{least:.3f}, everything {most:.3f}"
+        )
+    counts = _proportional(candidates, wanted, total)
+    excluded = torch.arange(grid.num_key_tiles, device=device) >= candidates[:, None]
+    width = int(counts.max())
+    is_valid = torch.arange(width, device=device) < counts[:, None]
+    generator = torch.Generator(device).manual_seed(seed)
+    lists = []
+    for _ in range(num_heads):
+        noise = torch.rand(excluded.shape, generator=generator, device=device)
+        noise[:, 0] = -1.0  # the block of token 0 comes first
+        drawn = noise.masked_fill_(excluded, 2.0).argsort(dim=1)[:, :width]
+        # What is not valid sorts to the end.
+        drawn = drawn.masked_fill(~is_valid, grid.num_key_tiles).sort(dim=1).values
+        lists.append(drawn.masked_fill(~is_valid, 0).int())
+    return torch.stack(lists)[None], counts.int().expand(1, num_heads, -1).contiguous()
+
+
+def _proportional(candidates: Tensor, wanted: int, total: int) -> Tensor:
+    """Integers in [0, candidates] with sum ``wanted``, in proportion to the candidates."""
+    if not total:
+        return torch.zeros_like(candidates)
+    share = candidates.double() * (wanted / total)
+    counts = share.floor().long()
+    missing = wanted - int(counts.sum())
+    # Those cut most get one more; a row that is full already was not cut.
+    cut = (share - counts).masked_fill(counts >= candidates, -1.0)
+    counts[cut.argsort(descending=True, stable=True)[:missing]] += 1
+    return counts

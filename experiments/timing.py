@@ -1,0 +1,338 @@
+"""Measures time, stages and memory: interleaved variants, every sample kept, failures recorded.
+
+Importable without hydra and wandb, as a machine with a GPU may have neither.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.cost_model import Rates, known_rates
+from experiments.statistics import quantiles
+from pbs.methods.base import AttentionMethod, CallRecord
+from pbs.ops.stages import StageTimer, stage
+
+# Written before every timed call on a GPU: its second-level cache (50 MB on an H100) then holds
+# nothing of the inputs, and the host has launched the call before the device gets to it.
+FLUSH_BYTES = 256 << 20
+# Seconds of a round from which on warm-up would cost more than it tells.
+LONG_ROUND = 2.0
+
+
+# glibc keeps freed memory; resident memory says nothing unless it is made to give it back.
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+def _variant_errors() -> tuple[type[Exception], ...]:
+    """What a kernel that does not work raises; Triton has errors of its own."""
+    errors: tuple[type[Exception], ...] = (RuntimeError, ValueError, ImportError, MemoryError)
+    if find_spec("triton") is not None:
+        errors += (import_module("triton.errors").TritonError,)
+    return errors
+
+
+# A variant that raises one of these has no time; the others go on.
+VARIANT_ERRORS = _variant_errors()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Repeated measurements of one variant, in the order they were made."""
+
+    samples_ms: tuple[float, ...]
+
+    @property
+    def median_ms(self) -> float:
+        """Middle of the samples."""
+        return quantiles(self.samples_ms).median
+
+    def to_dict(self) -> dict[str, Any]:
+        """Median, 20th and 80th percentile, and every sample."""
+        summary = quantiles(self.samples_ms)
+        return {
+            "median_ms": summary.median,
+            "p20_ms": summary.p20,
+            "p80_ms": summary.p80,
+            "samples_ms": list(self.samples_ms),
+        }
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a variant has no time.
+
+    Attributes:
+        kind: "out of memory", "incorrect", "unavailable", "error" or "skipped".
+        message: the first line of the error.
+    """
+
+    kind: str
+    message: str
+
+    @classmethod
+    def of(cls, error: Exception, kind: str = "out of memory") -> Failure:
+        """From an exception."""
+        return cls(kind, str(error).strip().split("\n")[0][:300])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; ``median_ms`` is None, so that tables show a gap."""
+        return {"median_ms": None, "failure": self.kind, "message": self.message}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure.
+
+    Args:
+        seconds: of timed calls together; rounds are made to fit, within the bounds.
+        min_rounds: calls of each variant at least.
+        max_rounds: calls of each variant at most.
+    """
+
+    seconds: float = 10.0
+    min_rounds: int = 5
+    max_rounds: int = 50
+
+    def __post_init__(self) -> None:
+        if self.seconds <= 0 or not 1 <= self.min_rounds <= self.max_rounds:
+            raise ValueError(
+                "expected seconds > 0 and 1 <= min_rounds <= max_rounds, got "
+                f"{self.seconds}, {self.min_rounds} and {self.max_rounds}"
+            )
+
+    def num_rounds(self, seconds_per_round: float) -> int:
+        """Rounds that fit."""
+        fitting = int(self.seconds / max(seconds_per_round, 1e-9))
+        return max(self.min_rounds, min(self.max_rounds, fitting))
+
+
+class Stopwatch:
+    """Times single calls on one device."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self._scratch: Tensor | None = None
+        if self.device.type == "cuda":
+            self._scratch = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.device)
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        """Milliseconds of one call: by events on a GPU, else by the clock."""
+        if self._scratch is None:
+            started = time.perf_counter()
+            call()
+            return 1e3 * (time.perf_counter() - started)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._scratch.zero_()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+
+def time_interleaved(
+    variants: Mapping[str, Callable[[int], object]],
+    *,
+    device: torch.device | str,
+    effort: Effort,
+    around: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
+    seconds_per_round: float | None = None,
+) -> dict[str, Timing | Failure]:
+    """Time variants in turn, so that whatever drifts drifts for all of them.
+
+    Args:
+        variants: calls by name; each gets the number of the round, to choose its inputs by.
+        device: where the work runs.
+        effort: how long.
+        around: what a variant's calls happen inside, by name, entered before the clock starts.
+        seconds_per_round: a round's duration if it is known from calls that were made already;
+            rounds of seconds then need no warm-up. Default: measured in a round of warm-up.
+
+    Returns:
+        A result for every variant; one that runs out of memory is left out from then on.
+    """
+    stopwatch = Stopwatch(device)
+    failures: dict[str, Timing | Failure] = {}
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+
+    def run(name: str, index: int) -> float | None:
+        if name in failures:
+            return None
+        place = (around or {}).get(name, nullcontext)
+        try:
+            with place():
+                return stopwatch(lambda: variants[name](index))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failures[name] = Failure.of(error)
+        release_memory(collects=True)  # after the handler: the traceback holds tensors
+        return None
+
+    if seconds_per_round is None or seconds_per_round < LONG_ROUND:
+        warm = [run(name, 0) or 0.0 for name in variants]
+        seconds_per_round = sum(warm) / 1e3
+    for index in range(effort.num_rounds(seconds_per_round)):
+        for name in variants:
+            sample = run(name, index)
+            if sample is not None:
+                samples[name].append(sample)
+    return {name: failures.get(name) or Timing(tuple(samples[name])) for name in variants}
+
+
+def run_in_stages(
+    method: AttentionMethod, q: Tensor, k: Tensor, v: Tensor, *, scale: float
+) -> dict[str, float]:
+    """Milliseconds of each stage of one call of a method.
+
+    Everything up to the plan is "selection" but what the code inside marks otherwise ("order",
+    "gather"); everything after it is "attention", likewise.
+    """
+    previous = method.recorder
+    with StageTimer(q.device) as timer:
+        first, second = stage("selection"), stage("attention")
+
+        def switch(record: CallRecord) -> None:
+            first.__exit__(None, None, None)
+            if previous is not None:
+                previous(record)
+            second.__enter__()
+
+        method.recorder = switch
+        try:
+            first.__enter__()
+            method(q, k, v, scale=scale)
+            second.__exit__(None, None, None)
+        finally:
+            method.recorder = previous
+    return timer.milliseconds()
+
+
+@dataclass
+class PeakMemory:
+    """Extra bytes at the fullest moment; None where the system does not tell."""
+
+    num_bytes: int | None = None
+    _before: int = field(default=0, repr=False)
+
+
+@contextmanager
+def peak_memory(device: torch.device | str) -> Iterator[PeakMemory]:
+    """Measure how far memory rises inside above what is in use at the start.
+
+    On a GPU that is PyTorch's allocator; on Linux it is the process's resident memory, which a
+    result that is still alive at the end belongs to as well.
+    """
+    peak = PeakMemory()
+    device = torch.device(device)
+    if device.type == "cuda":
+        release_memory()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        torch.cuda.synchronize(device)
+        peak.num_bytes = torch.cuda.max_memory_allocated(device) - before
+        return
+    release_memory()
+    can_measure = _reset_resident_peak()
+    resident = _status_bytes("VmRSS")
+    yield peak
+    highest = _status_bytes("VmHWM")
+    if can_measure and resident is not None and highest is not None:
+        peak.num_bytes = max(0, highest - resident)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory, of a GPU or of the host, did not suffice."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    pattern = r"out of memory|can't allocate memory|not enough memory|cudaErrorMemoryAllocation"
+    return isinstance(error, RuntimeError) and re.search(pattern, str(error)) is not None
+
+
+def release_memory(*, collects: bool = False) -> None:
+    """Give cached memory back, before measuring or after running out of it.
+
+    Args:
+        collects: look for unreachable cycles first, such as those of an exception: takes most of a
+            second once transformers is imported.
+    """
+    if collects:
+        gc.collect()
+    if _trim is not None:
+        _trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Inside, ``torch.empty`` is full of NaN: an output that nobody wrote cannot pass a check."""
+    was_filling = torch.utils.deterministic.fill_uninitialized_memory
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    was_warning = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = was_filling
+        torch.use_deterministic_algorithms(was_deterministic, warn_only=was_warning)
+
+
+def measure_rates(device: torch.device | str, dtype: torch.dtype) -> Rates:
+    """Rates for floors: measured earlier for a known GPU, else by a matrix product and a copy."""
+    device = torch.device(device)
+    name = "CPU"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = known_rates(name)
+        if known is not None:
+            return known
+    side, num_floats = (8192, 1 << 28) if device.type == "cuda" else (1024, 1 << 24)
+    stopwatch = Stopwatch(device)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    source = torch.randn(num_floats, device=device)
+    target = torch.empty_like(source)
+    product = min(stopwatch(lambda: a @ b) for _ in range(5))
+    copy = min(stopwatch(lambda: target.copy_(source)) for _ in range(5))
+    return Rates(
+        f"{name}, matrix product and copy measured in this process",
+        flops=2e3 * side**3 / product,
+        bandwidth=2e3 * source.nbytes / copy,
+    )
+
+
+def _reset_resident_peak() -> bool:
+    """Let the kernel count the peak of resident memory anew; False where it cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status_bytes(key: str) -> int | None:
+    """An entry of this process's status, in bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,165 @@
+"""``bench=ttft``: time to the first token of whole models, over lengths, beside dense attention."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.bench import Bench, Context
+from experiments.config import ConfigError
+from experiments.store import Record
+from experiments.timing_report import draw_speed_up, lines_of, summarise_times, write_times
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from experiments.models import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class TtftBench(Bench):
+    """Prefill of whole prompts, timed up to the first token, interleaved with dense attention.
+
+    With ``model.weights=random`` what a method selects means nothing: give densities.
+
+    Args:
+        lengths: of the prompts, in tokens.
+        densities: null: what the method selects itself; else one exact density per length, for
+            which the method still pays for its order and selection.
+        texts: JSON or JSON lines with a text under "context" each, as in LongBench v2: cut, or
+            repeated, to each length. Default: generated token ids.
+        num_texts: texts to take turns over.
+        dense: dense kernels to compare with; default those there are.
+        seconds: of timed prefills of a length, all variants together.
+        min_rounds: prefills of each variant at least.
+        max_rounds: prefills of each variant at most.
+    """
+
+    lengths: list[int] = field(default_factory=lambda: [1024, 2048, 4096, 8192])
+    densities: list[float] | None = None
+    texts: str | None = None
+    num_texts: int = 2
+    dense: list[str] | None = None
+    seconds: float = 20.0
+    min_rounds: int = 3
+    max_rounds: int = 30
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.lengths or min(self.lengths) < 2:
+            raise ValueError(f"bench.lengths must be at least 2, got {self.lengths}")
+        if self.densities is not None and len(self.densities) != len(self.lengths):
+            raise ValueError(
+                f"bench.densities needs one density per length, got {self.densities} for "
+                f"{self.lengths}"
+            )
+        if self.num_texts < 1:
+            raise ValueError(f"bench.num_texts must be at least 1, got {self.num_texts}")
+
+    def run(self, context: Context) -> None:
+        """See the base class."""
+        from experiments.compare import describe
+        from experiments.dense_kernels import dense_kernels
+        from experiments.prefill_timing import measure_prefill
+        from experiments.timing import Effort
+
+        model, cfg = context.model, context.cfg
+        assert model is not None
+        if max(self.lengths) > model.max_length and cfg.model.weights == "pretrained":
+            raise ConfigError(
+                f"bench.lengths has {max(self.lengths)}, the model takes {model.max_length} tokens "
+                "at most; choose shorter lengths, or raise model.max_length if you know better"
+            )
+        rounds = self.min_rounds, self.max_rounds
+        if cfg.model.tp:  # every process must make the same calls, whatever its clock says
+            rounds = self.min_rounds, self.min_rounds
+        context.announce(len(self.lengths))
+        for index, length in enumerate(self.lengths):
+            if f"N{length}" in context.done:
+                continue
+            started = time.perf_counter()
+            record = measure_prefill(
+                model.model,
+                self._prompts(model, length, cfg.seed),
+                {describe(cfg.method): context.method},
+                list(dense_kernels(model.device, self.dense)),
+                effort=Effort(self.seconds, *rounds),
+                density=None if self.densities is None else self.densities[index],
+            )
+            record["seconds"] = time.perf_counter() - started
+            context.add({"sample_id": f"N{length}", "weights": cfg.model.weights, **record})
+
+    def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
+        """See the base class; with the break-even length over every dense kernel."""
+        return summarise_times(records)
+
+    def draw(self, context: Context) -> list[Path]:
+        """Speed-up against length; the table goes to the log and to ``times.csv``."""
+        from experiments.store import RunStore
+
+        records = RunStore(context.folder).samples()
+        write_times(records, context.folder / "times.csv")
+        for line in lines_of(records):
+            logger.info("%s", line)
+        return draw_speed_up(records, context.folder / "speed_up.png")
+
+    def _prompts(self, model: LoadedModel, length: int, seed: int) -> list[Tensor]:
+        """Token ids ``[1, length]``."""
+        from experiments.random_weights import random_ids
+
+        if self.texts is None:
+            vocab = model.model.config.get_text_config().vocab_size
+            return [
+                random_ids(vocab, length, device=model.device, seed=seed + number)
+                for number in range(self.num_texts)
+            ]
+        if model.tokenizer is None:
+            raise ConfigError("bench.texts needs a tokenizer; this model comes without one")
+        return [
+            fit_to_length(model.tokenizer(text)["input_ids"], length).to(model.device)
+            for text in read_texts(Path(self.texts), self.num_texts)
+        ]
+
+
+def read_texts(path: Path, count: int) -> list[str]:
+    """The longest texts of a file, longest first.
+
+    Args:
+        path: JSON (a list) or JSON lines; each entry has a text under "context".
+        count: how many.
+
+    Raises:
+        ConfigError: no such file, or an entry without a text.
+    """
+    if not path.is_file():
+        raise ConfigError(f"bench.texts={path}: no such file")
+    content = path.read_text()
+    try:
+        if content.lstrip().startswith("["):
+            entries = json.loads(content)
+        else:
+            entries = [json.loads(line) for line in content.splitlines() if line.strip()]
+        texts = [entry["context"] for entry in entries]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f'bench.texts={path}: expected a text under "context" in every entry of a JSON list or '
+            f"of JSON lines ({type(error).__name__}: {error})"
+        ) from error
+    if not texts:
+        raise ConfigError(f"bench.texts={path} has no texts")
+    return sorted(texts, key=len, reverse=True)[:count]
+
+
+def fit_to_length(ids: Sequence[int], length: int) -> Tensor:
+    """Token ids cut, or repeated from the start, to ``[1, length]``."""
+    import torch
+
+    repeats = -(-length // len(ids))
+    return torch.tensor(list(ids) * repeats)[:length][None]

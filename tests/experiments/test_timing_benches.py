@@ -1,0 +1,297 @@
+"""``bench=attention``, ``bench=ttft``, random weights, and the scripts for CPU and GPU."""
+
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+
+from experiments import bench_cpu, bench_gpu
+from experiments.attention_bench import AttentionBench
+from experiments.config import ConfigError, ModelConfig
+from experiments.models import load_model
+from experiments.prefill_timing import capture_inputs, first_token, measure_prefill
+from experiments.random_weights import ARCHITECTURES, build_random_model, random_ids
+from experiments.store import RunStore
+from experiments.timing import Effort
+from experiments.ttft_bench import TtftBench, fit_to_length, read_texts
+from pbs import build_method
+
+SMALL = bench_gpu.Plan.smoke().model_changes
+FAST_TIMING = (
+    "bench.seconds=0.01",
+    "bench.min_rounds=1",
+    "bench.max_rounds=2",
+    "logger.mode=disabled",
+    "check=false",
+)
+OPS = ("bench=attention", "bench.shapes=[2/1/32]", *FAST_TIMING)
+
+
+@pytest.fixture
+def run(compose_cell):
+    from experiments.runner import run_cell
+
+    def run(*overrides):
+        return RunStore(run_cell(compose_cell(*overrides, fast=False)))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_random_model(
+        ARCHITECTURES / "llama31_8b", dtype=torch.float32, device="cpu", changes=SMALL
+    )
+
+
+def test_the_attention_bench_measures_every_cell(run):
+    words = ("bench.lengths=[300,600]", "bench.densities=[0.7,0.9]")
+    store = run("method=pbs", *OPS, *words)
+    metrics = store.metrics()
+    assert metrics["status"] == "finished", metrics.get("error")
+    records = store.samples()
+    assert [r["sample_id"] for r in records] == [
+        f"2/1/32-N{n}-{d}" for n in (300, 600) for d in ("0.7000", "0.9000")
+    ]
+    cells = metrics["results"]["cells"]
+    assert {cell["length"] for cell in cells} == {300, 600}
+    times = pd.read_csv(store.folder / "times.csv")
+    assert set(times["variant"]) == {"cpu", "pbs"}
+    assert (store.folder / "speed_up.png").stat().st_size > 1000
+    assert "break-even of pbs over cpu" in store.log_path.read_text()
+
+
+def test_methods_share_the_samples_of_a_timing_run(run):
+    dense = run("method=flash", *OPS, "bench.lengths=[300]")
+    assert dense.metrics()["results"]["cells"][0]["dense_reason"].startswith("dense method")
+    ours = run("method=meanpool", *OPS, "bench.lengths=[300]")
+    assert ours.metrics()["sample_set"] == dense.metrics()["sample_set"]
+
+
+def test_inputs_may_come_from_a_model(run):
+    words = ("bench.structure=model", "bench.lengths=[300]", "bench.shapes=[4/2/64]")
+    store = run("method=pbs", *OPS[:1], *FAST_TIMING, *words)
+    metrics = store.metrics()
+    if metrics["status"] != "finished":  # names the shape the embedded model has
+        shape = metrics["error"]["message"].split("[")[1].rstrip("]")
+        store = run("method=pbs", *OPS[:1], *FAST_TIMING, *words[:2], f"bench.shapes=[{shape}]")
+    assert store.metrics()["status"] == "finished", store.metrics().get("error")
+    assert store.samples()[0]["structure"] == "model"
+
+
+def test_a_cell_that_cannot_be_is_recorded_and_the_others_go_on(run):
+    store = run("method=pbs", *OPS, "bench.lengths=[600]", "bench.densities=[0.01,0.8]")
+    metrics = store.metrics()
+    assert metrics["status"] == "finished"
+    failed, timed = store.samples()
+    assert "windows alone" in failed["methods"]["pbs"]["message"]
+    assert timed["methods"]["pbs"]["median_ms"] > 0
+    assert metrics["results"]["total"]["num_failed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"structure": "spiral"}, "structure"),
+        ({"lengths": []}, "lengths"),
+        ({"densities": [0.5], "densities_by_length": True}, "one density per length"),
+        ({"densities": [1.5]}, "densities"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_wrong_settings_of_the_attention_bench_are_explained(settings, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionBench(**settings)
+
+
+def test_densities_may_go_with_lengths():
+    bench = AttentionBench(
+        lengths=[8, 16], shapes=["4/2/8"], densities=[0.5, 0.4], densities_by_length=True
+    )
+    assert bench.grid() == [("4/2/8", 8, 0.5), ("4/2/8", 16, 0.4)]
+
+
+# ttft
+
+
+def test_time_to_first_token_of_the_embedded_model(run):
+    words = ("bench=ttft", "bench.lengths=[300,600]", "bench.densities=[0.9,0.7]", "model=tiny")
+    store = run("method=pbs", *FAST_TIMING, *words)
+    metrics = store.metrics()
+    assert metrics["status"] == "finished", metrics.get("error")
+    record = store.samples()[1]
+    pbs = record["methods"]["pbs"]
+    assert pbs["num_sparse_layers"] == pbs["num_layers"] == 2
+    assert pbs["density"] == pytest.approx(0.7, abs=0.05)
+    assert pbs["error"] <= pbs["allowed_error"]
+    assert set(pbs["stages_ms"]) >= {"order", "selection", "gather", "attention"}
+    assert record["dense"]["cpu"]["median_ms"] > 0
+    by_length = metrics["results"]["by_length"]
+    assert by_length["600"]["prefill_seconds"] == pbs["median_ms"] / 1e3
+
+
+def test_random_weights_at_a_real_architecture(model):
+    config = model.config
+    assert config.rope_parameters["rope_type"] == "llama3"
+    assert float(model.model.layers[0].mlp.up_proj.weight.detach().std()) == pytest.approx(
+        0.02, rel=0.1
+    )
+    again = build_random_model(
+        ARCHITECTURES / "llama31_8b", dtype=torch.float32, device="cpu", changes=SMALL
+    )
+    ids = random_ids(config.vocab_size, 100, device="cpu")
+    assert torch.equal(first_token(model, ids), first_token(again, ids))
+    with pytest.raises(ValueError, match="no entry 'num_wheels'"):
+        build_random_model(
+            ARCHITECTURES / "llama31_8b",
+            dtype=torch.float32,
+            device="cpu",
+            changes={"num_wheels": 4},
+        )
+
+
+def test_the_shipped_architecture_is_llama_31_8b():
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(ARCHITECTURES / "llama31_8b")
+    sizes = (config.hidden_size, config.num_hidden_layers, config.intermediate_size)
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    assert (sizes, heads) == ((4096, 32, 14336), (32, 8, 128))
+    assert (config.vocab_size, config.rope_parameters["rope_theta"]) == (128256, 500000.0)
+
+
+def test_a_prefill_says_what_ran_and_leaves_the_model_as_it_was(model):
+    ids = [random_ids(256, 600, device="cpu", seed=seed) for seed in (0, 1)]
+    before = first_token(model, ids[0])
+    inner = build_method("minference", vertical_size=30, slash_size=100)
+    methods = {"pbs": build_method("pbs"), "minference": inner}
+    record = measure_prefill(
+        model, ids, methods, ["cpu"], effort=Effort(0.01, 1, 1), density=0.7, takes_stages=False
+    )
+    assert record["methods"]["pbs"]["speed_up"]["cpu"] > 0
+    assert record["methods"]["minference"]["failure"] == "unavailable"
+    assert torch.equal(first_token(model, ids[0]), before)
+
+
+def test_inputs_of_a_layer_can_be_captured(model):
+    ids = random_ids(256, 50, device="cpu")
+    q, k, v = capture_inputs(model, ids, layer=1)
+    assert q.shape == (1, 2, 50, 32)
+    assert k.shape == v.shape == (1, 1, 50, 32)
+    with pytest.raises(ValueError, match="layer 7"):
+        capture_inputs(model, ids, layer=7)
+
+
+def test_random_weights_are_a_setting_of_the_model(compose_cell):
+    from experiments.config import RunConfig
+
+    drawn = RunConfig.from_hydra(compose_cell("model=llama31_8b", "model.weights=random"))
+    assert drawn.model_name == "llama31_8b_random"
+    assert drawn.model.checkpoint is not None
+    pretrained = RunConfig.from_hydra(compose_cell("model=llama31_8b"))
+    assert pretrained.hash != drawn.hash
+    settings = {
+        "path": "nobody/nothing",
+        "architecture": "experiments/architectures/llama31_8b",
+        "weights": "random",
+        "dtype": "float32",
+        "device": "cpu",
+        "config": SMALL,
+    }
+    loaded = load_model(ModelConfig(**settings))
+    assert loaded.tokenizer is None
+    assert loaded.model.config.num_hidden_layers == 2
+    with pytest.raises(ConfigError, match="one device"):
+        load_model(ModelConfig(**settings, device_map="auto"))
+    with pytest.raises(ConfigError, match="pretrained or random"):
+        ModelConfig(path="x", weights="lucky")
+
+
+def test_texts_are_cut_or_repeated(tmp_path):
+    assert fit_to_length([1, 2, 3], 7).tolist() == [[1, 2, 3, 1, 2, 3, 1]]
+    assert fit_to_length([1, 2, 3], 2).tolist() == [[1, 2]]
+    texts = [{"context": "short"}, {"context": "a long one"}]
+    as_list, as_lines = tmp_path / "a.json", tmp_path / "b.jsonl"
+    as_list.write_text(json.dumps(texts))
+    as_lines.write_text("\n".join(map(json.dumps, texts)) + "\n")
+    for path in (as_list, as_lines):
+        assert read_texts(path, 1) == ["a long one"]
+    with pytest.raises(ConfigError, match="no such file"):
+        read_texts(tmp_path / "none", 1)
+    (tmp_path / "c.json").write_text("[{}]")
+    with pytest.raises(ConfigError, match="context"):
+        read_texts(tmp_path / "c.json", 1)
+
+
+def test_wrong_settings_of_the_ttft_bench_are_explained():
+    with pytest.raises(ValueError, match="one density per length"):
+        TtftBench(lengths=[512, 1024], densities=[0.5])
+    with pytest.raises(ValueError, match="num_texts"):
+        TtftBench(num_texts=0)
+
+
+# scripts
+
+
+def test_the_gpu_script_runs_on_a_cpu_and_keeps_every_sample(tmp_path, capsys, monkeypatch):
+    # As on a machine that has torch and transformers but no hydra.
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--smoke", "--commit", "abc"]
+    assert bench_gpu.main([*arguments, "--parts", "gate,table7,ttft", "--seconds", "60"]) == 0
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["break_even.csv", "gate.csv", "results.json", "table7.csv", "ttft.csv"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["environment"]["commit"] == "abc"
+    assert results["wrong"] == []
+    record = results["parts"]["table7"][-1]
+    assert len(record["methods"]["pbs shared"]["samples_ms"]) >= 2
+    assert not record["is_published_density"]
+    printed = capsys.readouterr().out
+    assert "== summary" in printed
+    assert "variants pass" in printed
+
+
+def test_without_time_cells_are_skipped_and_said_so(tmp_path):
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--smoke", "--parts", "table7"]
+    assert bench_gpu.main([*arguments, "--seconds", "0.001"]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {r["failure"]["failure"] for r in results["parts"]["table7"]} == {"skipped"}
+
+
+def test_a_wrong_output_is_an_exit_status(tmp_path, monkeypatch, capsys):
+    real = bench_gpu.dense_kernels
+
+    def wrong(device):
+        return {"cpu": lambda *args, **kw: real(device)["cpu"](*args, **kw) * 1.01}
+
+    monkeypatch.setattr(bench_gpu, "dense_kernels", wrong)
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--smoke", "--parts", "table7"]
+    assert bench_gpu.main(arguments) == 1
+    assert "WRONG table7" in capsys.readouterr().out
+
+
+def test_the_gpu_script_needs_neither_hydra_nor_wandb(project):
+    code = (
+        "import sys\n"
+        "for name in ('hydra', 'omegaconf', 'wandb', 'rich'): sys.modules[name] = None\n"
+        "import experiments.bench_gpu, experiments.prefill_timing, experiments.random_weights\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=project, check=True)
+
+
+def test_unknown_parts_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        bench_gpu.main(["--out", str(tmp_path), "--parts", "table8", "--device", "cpu"])
+    assert "valid: gate, table7, selection, ttft" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_sparse_attention_on_a_cpu_is_twice_as_fast_as_sdpa():
+    record = bench_cpu.measure_target()
+    for line in bench_cpu.target_lines(record):
+        print(line)
+    entry = record["methods"]["pbs"]
+    assert entry["density"] <= bench_cpu.TARGET_DENSITY
+    assert entry["speed_up"]["cpu"] >= bench_cpu.TARGET_SPEED_UP
