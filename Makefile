@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu check format lint type kernels bench bench-gpu clean
+.PHONY: help setup demo test test-gpu check format lint type kernels bench bench-gpu readme clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ lint: $(VENV)/.dev ## Check format and style
 
 type: $(VENV)/.dev ## Check the types of the library
 	$(BIN)/mypy
+
+readme: $(VENV)/.core ## Write the README's result tables from results
+	$(BIN)/python -m experiments.readme
 
 kernels: $(VENV)/.core ## Compile every Triton kernel for sm_80, sm_90 and sm_100 and check it
 	$(BIN)/python -m experiments.kernel_report
