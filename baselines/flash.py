@@ -32,10 +32,6 @@ class FlashAttention(AttentionMethod):
         super().__post_init__()
         check_choice(self.kernel, DENSE_KERNELS, name="dense kernel")
 
-    def densest(self) -> AttentionMethod:
-        """Itself."""
-        return self
-
     def plan(
         self,
         q: Tensor,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -251,8 +252,7 @@ def _examine(
     try:
         if run.method is not None:
             run.method.recorder = lambda call: plans.append(call.plan)
-        with poisoned_memory():
-            out, first_ms, peak = _call_once(run, cell, inputs)
+        out, first_ms, peak = _call_once(run, cell, inputs, poisons=True)
         plan = plans[0] if plans else None
         check = check_rows(out, *inputs, plan, scale=cell.scale, heads=heads, seed=cell.seed)
         del out
@@ -291,12 +291,15 @@ def _kind_of(error: Exception, run: _Variant) -> str:
     return "unavailable" if is_refusal else "error"
 
 
-def _call_once(run: _Variant, cell: Cell, inputs: Inputs) -> tuple[Tensor, float, int | None]:
+def _call_once(
+    run: _Variant, cell: Cell, inputs: Inputs, *, poisons: bool = False
+) -> tuple[Tensor, float, int | None]:
     """Output, milliseconds and extra memory (the output included) of one call."""
     outputs: list[Tensor] = []
     stopwatch = Stopwatch(cell.device)
     peak: PeakMemory
-    with peak_memory(cell.device) as peak:
+    poison = poisoned_memory(cell.device, inputs[0].nbytes) if poisons else nullcontext()
+    with peak_memory(cell.device) as peak, poison:
         elapsed = stopwatch(lambda: outputs.append(run.call(*inputs)))
     return outputs[0], elapsed, peak.num_bytes
 

@@ -233,7 +233,7 @@ def _check_kernel(
     def examine(call: CallRecord) -> None:
         if checks or call.plan.is_dense or call.q.shape[2] == 1:
             return
-        with poisoned_memory():
+        with poisoned_memory(call.q.device, call.q.nbytes):
             out = block_sparse_attention(
                 call.q, call.k, call.k, call.plan, scale=call.scale, backend=method.backend
             )

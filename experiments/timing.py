@@ -280,8 +280,21 @@ def release_memory(*, collects: bool = False) -> None:
 
 
 @contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Inside, ``torch.empty`` is full of NaN: an output that nobody wrote cannot pass a check."""
+def poisoned_memory(device: torch.device | str, num_bytes: int) -> Iterator[None]:
+    """Inside, memory nobody has written is NaN: an output with holes cannot pass a check.
+
+    On a CPU ``torch.empty`` fills what it returns. On a GPU that would come with deterministic
+    algorithms, which need other memory and time; there blocks of the output's size are filled and
+    freed, and PyTorch's allocator hands them out again.
+
+    Args:
+        device: where the work runs.
+        num_bytes: size of the output.
+    """
+    if torch.device(device).type == "cuda":
+        _poison_free_blocks(torch.device(device), num_bytes)
+        yield
+        return
     was_filling = torch.utils.deterministic.fill_uninitialized_memory
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     was_warning = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -292,6 +305,18 @@ def poisoned_memory() -> Iterator[None]:
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = was_filling
         torch.use_deterministic_algorithms(was_deterministic, warn_only=was_warning)
+
+
+def _poison_free_blocks(device: torch.device, num_bytes: int) -> None:
+    """Leave a few freed blocks full of bits that are NaN in every floating dtype."""
+    blocks = []
+    try:
+        for _ in range(4):
+            blocks.append(torch.full((num_bytes,), -1, dtype=torch.int8, device=device))
+    except torch.OutOfMemoryError:
+        pass  # so much is in use that less of the free memory can be filled
+    blocks.clear()
+    torch.cuda.reset_peak_memory_stats(device)
 
 
 def measure_rates(device: torch.device | str, dtype: torch.dtype) -> Rates:

@@ -389,7 +389,7 @@ def own_windows(
     """Windows over the keys around the diagonal: of the tiles a query tile touches, or its segment.
 
     Made on the CPU, without waiting for the device, and kept: every layer of a model asks for the
-    same ones.
+    same ones, and their plans share these tensors. Do not write into them.
 
     Returns:
         First keys, int32 ``[1, 1, Tq, W]``, and counts, int32 ``[1, 1, Tq]``.

@@ -142,7 +142,7 @@ def test_peak_memory_sees_what_was_freed():
 
 def test_poison_reaches_torch_empty_and_ends():
     torch.utils.deterministic.fill_uninitialized_memory = False
-    with poisoned_memory():
+    with poisoned_memory("cpu", 0):
         assert torch.empty(1000).isnan().all()
     assert not torch.utils.deterministic.fill_uninitialized_memory
 

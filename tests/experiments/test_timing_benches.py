@@ -72,14 +72,12 @@ def test_methods_share_the_samples_of_a_timing_run(run):
 
 
 def test_inputs_may_come_from_a_model(run):
-    words = ("bench.structure=model", "bench.lengths=[300]", "bench.shapes=[4/2/64]")
-    store = run("method=pbs", *OPS[:1], *FAST_TIMING, *words)
-    metrics = store.metrics()
-    if metrics["status"] != "finished":  # names the shape the embedded model has
-        shape = metrics["error"]["message"].split("[")[1].rstrip("]")
-        store = run("method=pbs", *OPS[:1], *FAST_TIMING, *words[:2], f"bench.shapes=[{shape}]")
+    words = ("bench=attention", "bench.structure=model", "bench.lengths=[300]", *FAST_TIMING)
+    store = run("method=pbs", *words, "bench.shapes=[4/2/32]")
     assert store.metrics()["status"] == "finished", store.metrics().get("error")
     assert store.samples()[0]["structure"] == "model"
+    refused = run("method=pbs", *words).metrics()["error"]["message"]
+    assert "add bench.shapes=[4/2/32]" in refused
 
 
 def test_a_cell_that_cannot_be_is_recorded_and_the_others_go_on(run):
