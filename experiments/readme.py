@@ -69,7 +69,7 @@ def needle_table(folder: Path) -> str:
     shutil.copy(newest, docs / "attention_map.png")
     environment = json.loads((newest.parent / "env.json").read_text())
     where = environment["device"]
-    return f"{summary.read_text().strip()}\n\nOn a {where}.\n"
+    return f"{summary.read_text().strip()}\n\nOn {where}.\n"
 
 
 def table7(folder: Path) -> str:
