@@ -16,7 +16,7 @@ from pbs.methods.base import AttentionMethod, Knob
 from pbs.ops.grid import BlockGrid
 from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
-from pbs.selectors.pooling import block_logits, mean_pool, softmax_over
+from pbs.ops.pooling import block_logits, mean_pool, softmax_over
 
 # Probabilities of the last queries, and entries ranked together, held at once: 32 MiB in fp32.
 MAX_CHUNK_ELEMENTS = 1 << 23

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from pbs.checks import check_block_size, check_choice, check_threshold
 from pbs.methods.base import AttentionMethod, Knob
-from pbs.ops.grid import BlockGrid
+from pbs.ops.grid import BlockGrid, candidate_tiles
 from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
-from pbs.selectors import select_top_p
+from pbs.ops.stages import stage
 from pbs.selectors.meanpool import MeanPoolSelector
 
 
@@ -58,10 +58,18 @@ class MeanPooling(AttentionMethod):
         grid = BlockGrid(q.shape[2], k.shape[2], self.block_size, self.block_size)
         last_tile = grid.last_positions(q.device) // self.block_size
         causal = torch.arange(grid.num_key_tiles, device=q.device) <= last_tile[:, None]
-        probabilities = self._selector.block_probabilities(
-            q, k, scale=scale, grid=grid, candidates=causal
-        )
-        mask = select_top_p(probabilities, threshold=self.threshold, candidates=causal)
-        if self.force_select_first_block:
-            mask = mask | (torch.arange(grid.num_key_tiles, device=q.device) == 0)
-        return AttentionPlan.from_block_mask(mask, grid)
+        _, num_past = candidate_tiles(grid, q.device)
+        first = torch.zeros(1, 1, dtype=torch.int64, device=q.device)
+        with stage("selection"):
+            blocks, num_blocks = self._selector.select(
+                q,
+                k,
+                scale=scale,
+                grid=grid,
+                candidates=causal,
+                num_candidates=last_tile + 1,
+                limits=num_past,
+                threshold=self.threshold,
+                forced=first if self.force_select_first_block else None,
+            )
+        return AttentionPlan.from_lists(blocks, num_blocks, grid)

@@ -18,20 +18,20 @@ from baselines.minference_config import (
     HeadSetting,
     load_head_settings,
 )
-from baselines.streaming import a_shape_tiles, check_integer
+from baselines.streaming import a_shape_tiles
 from baselines.vertical_slash import (
     TILE,
     keep_largest,
     last_query_scores,
     vertical_slash_lists,
 )
-from pbs.checks import check_choice
+from pbs.checks import check_choice, check_integer
 from pbs.methods.base import AttentionMethod, Knob
 from pbs.ops.block_selection import list_blocks
 from pbs.ops.grid import BlockGrid
 from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
-from pbs.selectors.pooling import block_logits, mean_pool
+from pbs.ops.pooling import block_logits, mean_pool
 
 logger = logging.getLogger(__name__)
 

@@ -49,9 +49,11 @@ def load_head_settings(path: str) -> list[list[HeadSetting]]:
             "as those in minference/configs of microsoft/MInference"
         )
     try:
-        layers = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        layers = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except _TwiceError as error:
+        raise ValueError(f"{path}: {error}; every head needs one entry") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON in UTF-8: {error}; copy the file again") from error
     if not isinstance(layers, list) or not layers:
         raise ValueError(f"{path}: expected a list with one object per layer, got {_kind(layers)}")
     settings = [_layer(layer, f"{path}, layer {index}") for index, layer in enumerate(layers)]
@@ -70,8 +72,10 @@ def _layer(heads: object, where: str) -> list[HeadSetting]:
         raise ValueError(f"{where}: expected an object of heads, got {_kind(heads)}")
     entries = {}
     for key, value in heads.items():
-        if not key.isdecimal():
-            raise ValueError(f"{where}: expected head indices as keys ('0', '1', ...), got {key!r}")
+        if not key.isdecimal() or key != str(int(key)):
+            raise ValueError(
+                f"{where}: expected head indices as keys ('0', '1', ...), got {_short(key)}"
+            )
         entries[int(key)] = _head(value, f"{where}, head {key}")
     missing = sorted(set(range(max(entries) + 1)) - set(entries))
     if missing:
@@ -85,16 +89,34 @@ def _layer(heads: object, where: str) -> list[HeadSetting]:
 def _head(value: object, where: str) -> HeadSetting:
     """One head's ``[pattern, a, b, score]``."""
     if not isinstance(value, list) or len(value) not in (3, 4):
-        raise ValueError(f"{where}: expected [pattern, a, b, score], got {value!r}")
+        raise ValueError(f"{where}: expected [pattern, a, b, score], got {_short(value)}")
     pattern, *sizes = value[:3]
     if pattern not in PATTERNS:
-        raise ValueError(f"{where}: {unknown('pattern', pattern, PATTERNS)}")
+        raise ValueError(f"{where}: {unknown('pattern', f'{pattern!s:.80}', PATTERNS)}")
     for size in sizes:
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            raise ValueError(f"{where}: expected two integers of at least 0, got {sizes}")
+            raise ValueError(f"{where}: expected two integers of at least 0, got {_short(sizes)}")
     if pattern == A_SHAPE and sizes[1] < 1:
         raise ValueError(f"{where}: expected a local window of at least 1, got {sizes}")
     return HeadSetting(pattern, (sizes[0], sizes[1]))
+
+
+class _TwiceError(ValueError):
+    """A key of an object that is there more than once: readers differ in which one they take."""
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """The object of these pairs."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _TwiceError(f"key {next(_short(key) for key in keys if keys.count(key) > 1)} twice")
+    return entries
+
+
+def _short(value: object) -> str:
+    """A value for an error message, cut if it is long."""
+    return f"{value!r:.80}"
 
 
 def _kind(value: object) -> str:

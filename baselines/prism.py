@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pbs.checks import check_block_size, check_choice, check_threshold
+from pbs.checks import check_block_size, check_choice, check_integer, check_threshold
 from pbs.methods.base import AttentionMethod, Knob
+from pbs.ops.block_selection import select_top_p
 from pbs.ops.grid import BlockGrid
 from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
-from pbs.selectors import select_top_p
+from pbs.ops.pooling import mean_pool
 from pbs.selectors.bands import band_dims, band_probabilities
-from pbs.selectors.pooling import mean_pool
 
 
 @dataclass(kw_only=True)
@@ -45,6 +45,12 @@ class Prism(AttentionMethod):
         super().__post_init__()
         check_block_size(self.block_size)
         check_threshold(self.threshold)
+        for name in ("high_dims", "low_dims"):
+            value = getattr(self, name)
+            if value is not None:
+                check_integer(value, name=name, smallest=2)
+                if value % 2:
+                    raise ValueError(f"{name} must be even (pairs of dims turn), got {value}")
         check_choice(self.rope_layout, ("half", "interleaved"), name="rope_layout")
 
     def plan(

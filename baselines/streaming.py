@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pbs.checks import check_block_size
+from pbs.checks import check_block_size, check_integer
 from pbs.methods.base import AttentionMethod, Knob
 from pbs.ops.block_selection import list_blocks
 from pbs.ops.grid import BlockGrid
@@ -92,14 +92,6 @@ class StreamingLLM(AttentionMethod):
             num_windows,
             local_window=sizes.int().repeat(num_heads, 1),
         )
-
-
-def check_integer(value: object, *, name: str, smallest: int) -> None:
-    """An integer of at least ``smallest``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < smallest:
-        raise ValueError(f"{name} must be at least {smallest}, got {value}")
 
 
 def a_shape_tiles(

@@ -136,6 +136,10 @@ def _first_chunk_tokens(num_queries: int) -> int:
 
 def _threshold_tensor(threshold: Any) -> Tensor:
     """fp32 scalar, ``[Hq]`` or ``[layers, Hq]``."""
+    if isinstance(threshold, bool):
+        raise TypeError(
+            f"threshold must be a number in [0, 1], got {threshold}; 1 keeps every block"
+        )
     try:
         values = torch.as_tensor(threshold, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:

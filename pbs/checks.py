@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from pbs.registry import unknown
 
+LARGEST = 2**63 - 1
+
 
 def check_block_size(value: int, *, name: str = "block_size") -> None:
     """A power of two of at least 16 (the smallest tile of the matrix units)."""
@@ -42,11 +44,18 @@ def check_choice(value: str, valid: Iterable[str], *, name: str) -> None:
 
 def check_positive_int(value: int, *, name: str) -> None:
     """An integer of at least 1."""
+    check_integer(value, name=name, smallest=1)
+
+
+def check_integer(value: int, *, name: str, smallest: int) -> None:
+    """An integer of at least ``smallest`` that fits into a tensor."""
     _check_int(value, name)
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < smallest:
+        raise ValueError(f"{name} must be at least {smallest}, got {value}")
 
 
 def _check_int(value: int, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
+    if abs(value) > LARGEST:
+        raise ValueError(f"{name} must fit into 64 bits, got {value}")

@@ -25,6 +25,20 @@ class Registry:
         """Valid names, sorted."""
         return sorted(self._entries)
 
+    def register(self, name: str, entry: str) -> None:
+        """Add an entry in this process, such as a class of a notebook: ``"__main__:MyClass"``.
+
+        Raises:
+            ValueError: the name is taken by something else, or the entry has no colon.
+        """
+        if not all(entry.partition(":")):
+            raise ValueError(f'expected "module:Class" for {self.kind} {name!r}, got {entry!r}')
+        if self._entries.get(name, entry) != entry:
+            raise ValueError(
+                f"{self.kind} {name!r} is {self._entries[name]!r} already; choose another name"
+            )
+        self._entries[name] = entry
+
     def load(self, name: str) -> type:
         """The class of this name.
 
@@ -36,6 +50,11 @@ class Registry:
         module, _, attribute = self._entries[name].partition(":")
         loaded: type = getattr(import_module(module), attribute)
         return loaded
+
+    def name_of(self, loaded: type) -> str | None:
+        """The name of a class; None if it is not registered."""
+        entry = f"{loaded.__module__}:{loaded.__qualname__}"
+        return next((name for name, value in self._entries.items() if value == entry), None)
 
     def build(self, name: str, params: dict[str, object]) -> object:
         """An instance of the class of this name, a dataclass, with these fields.

@@ -10,6 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pbs.methods.crossover import find_crossover
+from pbs.methods.names import METHODS
 from pbs.ops.block_sparse_attention import Backend, block_sparse_attention
 from pbs.ops.dense import dense_attention
 from pbs.ops.grid import BlockGrid, Geometry
@@ -70,7 +72,9 @@ class AttentionMethod(ABC):
     Args:
         backend: who computes a sparse plan: "auto", "reference", "cpu" or "triton".
         dense_below: calls with fewer keys run dense, where selecting costs more than it saves; such
-            calls are recorded as dense. 0: the method always decides itself.
+            calls are recorded as dense. 0: the method always decides itself. "auto": what was
+            measured for this device, method and head shape (:mod:`pbs.methods.crossover`); results
+            then depend on the device, so ask for it where speed is what counts.
 
     ``knob`` is the parameter by which methods are compared at equal density or coverage; None if
     there is none.
@@ -79,7 +83,7 @@ class AttentionMethod(ABC):
     knob: ClassVar[Knob | None] = None
 
     backend: str = "auto"
-    dense_below: int = 0
+    dense_below: int | str = 0
     recorder: Callable[[CallRecord], None] | None = field(
         default=None, init=False, repr=False, compare=False
     )
@@ -89,8 +93,10 @@ class AttentionMethod(ABC):
         names = [member.value for member in Backend]
         if self.backend not in names:
             raise ValueError(f"unknown backend {self.backend!r}; valid: {', '.join(names)}")
+        if self.dense_below == "auto":
+            return
         if isinstance(self.dense_below, bool) or not isinstance(self.dense_below, int):
-            raise TypeError(f"dense_below must be an integer, got {self.dense_below!r}")
+            raise TypeError(f"dense_below must be an integer or 'auto', got {self.dense_below!r}")
         if self.dense_below < 0:
             raise ValueError(f"dense_below must be at least 0 keys, got {self.dense_below}")
 
@@ -155,6 +161,11 @@ class AttentionMethod(ABC):
             ValueError: shapes or devices do not fit each other or the geometry.
             TypeError: dtypes differ.
         """
+        if torch.compiler.is_compiling() and geometry is None:
+            from pbs import compiled  # which loads the compiler
+
+            out: Tensor = compiled.attention(q, k, v, compiled.handle_of(self), scale, layer_idx)
+            return out
         check_attention_inputs(q, k, v)
         if geometry is None or geometry.is_unpadded:
             return self._attend(q, k, v, scale, layer_idx)
@@ -176,18 +187,32 @@ class AttentionMethod(ABC):
         """Plan and compute sequences of one length without padding."""
         if scale is None:
             scale = q.shape[3] ** -0.5
-        if k.shape[2] < self.dense_below:
+        reason = self.reason_to_run_dense(q, k)
+        if reason:
             grid = BlockGrid(q.shape[2], k.shape[2], 128, 128)
-            reason = f"fewer keys than dense_below={self.dense_below}"
             plan = AttentionPlan.dense(grid, q.shape[0], q.shape[1], device=q.device, reason=reason)
         else:
-            plan = self.plan(q, k, scale=scale, layer_idx=layer_idx)
+            with stage("selection"):
+                plan = self.plan(q, k, scale=scale, layer_idx=layer_idx)
         if self.recorder is not None:
             self.recorder(CallRecord(layer_idx, q, k, scale, plan))
         if plan.is_dense:
             with stage("attention"):
                 return self.compute_dense(q, k, v, scale=scale)
         return block_sparse_attention(q, k, v, plan, scale=scale, backend=self.backend)
+
+    def reason_to_run_dense(self, q: Tensor, k: Tensor) -> str:
+        """Why these many keys are too few for selecting to pay; "" if they are not."""
+        if isinstance(self.dense_below, int):
+            is_short = k.shape[2] < self.dense_below
+            return f"fewer keys than dense_below={self.dense_below}" if is_short else ""
+        name = METHODS.name_of(type(self)) or type(self).__name__
+        if getattr(self, "gqa", "") == "shared":
+            name += " shared"
+        found = find_crossover(q.device, q.shape[1], k.shape[1], q.shape[3], name)
+        if found is None or k.shape[2] >= found.min_keys:
+            return ""
+        return f"fewer keys than the measured crossover {found.min_keys}"
 
     def compute_dense(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         """Carry out a dense plan, by the fastest dense kernel; a method may choose another."""

@@ -15,16 +15,16 @@ from pbs.checks import (
     check_threshold,
 )
 from pbs.methods.base import AttentionMethod, Knob
-from pbs.ops.block_selection import select_top_p_blocks
-from pbs.ops.grid import BlockGrid
+from pbs.ops.grid import BlockGrid, candidate_tiles
 from pbs.ops.inputs import check_attention_inputs
-from pbs.ops.permutation import gather_keys
+from pbs.ops.permutation import gather_and_pool, gather_keys
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.stages import stage
 from pbs.orders import build_order
 from pbs.orders.adaptive import AdaptiveOrder, Arrangement
 from pbs.orders.queries import gather_queries, order_queries
 from pbs.selectors import build_selector
+from pbs.selectors.meanpool import MeanPoolSelector
 
 TARGETS = ("keys", "queries", "keys_then_queries", "queries_then_keys")
 
@@ -116,60 +116,45 @@ class PBS(AttentionMethod):
                 device=q.device,
                 reason=f"no more keys than segment_size={self.segment_size}",
             )
-        segments = {"segment_size": self.segment_size}
-        if self.target != "keys":
-            segments["query_segment"] = self.segment_size
-        candidates = grid.past_tiles(q.device, **segments)
-        query_order = ordered = None
+        moves = self.target != "keys"
+        candidates, num_candidates = candidate_tiles(
+            grid,
+            q.device,
+            segment_size=self.segment_size,
+            query_segment=self.segment_size if moves else 0,
+        )
+        query_order = ordered = k_means = None
         if self.target in ("queries", "queries_then_keys"):
             q, query_order = self._move_queries(q, k, candidates)
         with stage("order"):
             order = self._order_keys(q, k, scale)
+            if order is not None and isinstance(self._order, AdaptiveOrder):
+                order = self._adapt(q, k, order, scale, grid, candidates, query_order)
         if order is not None:
             with stage("gather"):
-                ordered = gather_keys(k, order)
+                ordered, k_means = self._gather(k, order)
+        keys = k if ordered is None else ordered
         if self.target == "keys_then_queries":
-            q, query_order = self._move_queries(q, k if ordered is None else ordered, candidates)
-
-        def arrange(keys: Tensor, key_order: Tensor | None) -> Arrangement:
-            with stage("selection"):
-                probabilities = self._selector.block_probabilities(
-                    q, keys, scale=scale, grid=grid, candidates=candidates
-                )
-            return Arrangement(key_order, probabilities, self._forced_blocks(key_order, grid, q))
-
-        chosen = arrange(k if ordered is None else ordered, order)
-        if order is not None and isinstance(self._order, AdaptiveOrder):
-            natural = arrange(k, None)
-            with stage("order"):
-                chosen = self._order.choose(
-                    q,
-                    k,
-                    natural,
-                    chosen,
-                    scale=scale,
-                    grid=grid,
-                    candidates=candidates,
-                    threshold=self.threshold,
-                    query_order=query_order,
-                )
-            ordered = None  # of the base order, no longer of this one
+            q, query_order = self._move_queries(q, keys, candidates)
         with stage("selection"):
-            num_candidates = candidates.sum(dim=-1)
-            first = self._first_block(chosen.order, q)
-            blocks, num_blocks = select_top_p_blocks(
-                chosen.probabilities,
-                threshold=self.threshold,
-                candidates=num_candidates,
+            blocks, num_blocks = self._selector.select(
+                q,
+                keys,
+                scale=scale,
+                grid=grid,
+                candidates=candidates,
+                num_candidates=num_candidates,
                 limits=num_candidates,
-                forced=first if self.force_select_first_block else None,
+                threshold=self.threshold,
+                forced=self._first_block(order, q) if self.force_select_first_block else None,
+                k_means=k_means,
             )
         return AttentionPlan.from_lists(
             blocks,
             num_blocks,
             grid,
             segment_size=self.segment_size,
-            order=chosen.order,
+            order=order,
             ordered_keys=ordered,
             query_order=query_order,
         )
@@ -186,6 +171,43 @@ class PBS(AttentionMethod):
             segment_size=self.segment_size,
             shared=self.gqa == "shared",
         )
+
+    def _adapt(
+        self,
+        q: Tensor,
+        k: Tensor,
+        order: Tensor,
+        scale: float,
+        grid: BlockGrid,
+        candidates: Tensor,
+        query_order: Tensor | None,
+    ) -> Tensor:
+        """The order in the heads that gain by it, natural order in the others, ``[Z, Ho, Nk]``."""
+        assert isinstance(self._order, AdaptiveOrder)
+        arrangements = []
+        for keys, key_order in ((k, None), (gather_keys(k, order), order)):
+            probabilities = self._selector.block_probabilities(
+                q, keys, scale=scale, grid=grid, candidates=candidates
+            )
+            forced = self._forced_blocks(key_order, grid, q)
+            arrangements.append(Arrangement(key_order, probabilities, forced))
+        return self._order.choose(
+            q,
+            k,
+            *arrangements,
+            scale=scale,
+            grid=grid,
+            candidates=candidates,
+            threshold=self.threshold,
+            query_order=query_order,
+        )
+
+    def _gather(self, k: Tensor, order: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The keys in order, and their block means if the selector goes by them."""
+        if not isinstance(self._selector, MeanPoolSelector):
+            return gather_keys(k, order), None
+        pad_mean = self._selector.pad_mean
+        return gather_and_pool(k, order, tile=self.block_size, pad_mean=pad_mean)
 
     def _move_queries(self, q: Tensor, k: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
         """The queries in their new order, and the original row at each place, ``[Z, Hq, Nq]``."""
@@ -205,13 +227,13 @@ class PBS(AttentionMethod):
         tiles = torch.arange(grid.num_key_tiles, device=q.device)
         if not self.force_select_first_block:
             return torch.zeros_like(tiles, dtype=torch.bool)[None, None, None]
-        return tiles == self._first_block(order, q)[..., None, None]
+        first = self._first_block(order, q)
+        first = first.repeat_interleave(q.shape[1] // first.shape[1], dim=1)
+        return tiles == first[..., None, None]
 
     def _first_block(self, order: Tensor | None, q: Tensor) -> Tensor:
-        """The block that holds token 0, int64 ``[1 or Z, 1 or Hq]``."""
+        """The block that holds token 0, int64 ``[1 or Z, 1 or Ho]``."""
         if order is None:
             return torch.zeros(1, 1, dtype=torch.int64, device=q.device)
         # Token 0 never leaves its segment, the first.
-        place = (order[..., : self.segment_size] == 0).int().argmax(dim=-1)
-        block = place // self.block_size
-        return block.repeat_interleave(q.shape[1] // block.shape[1], dim=1)
+        return order[..., : self.segment_size].argmin(dim=-1) // self.block_size

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -90,6 +90,22 @@ class BlockGrid:
     def num_causal_tiles(self) -> int:
         """Tiles that dense causal attention computes; T (T + 1) / 2 for Nq = Nk."""
         return int((self.last_positions() // self.key_tile + 1).sum())
+
+
+@lru_cache(maxsize=16)
+def candidate_tiles(
+    grid: BlockGrid,
+    device: torch.device,
+    *,
+    segment_size: int = 0,
+    query_segment: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """:meth:`BlockGrid.past_tiles` and how many there are in each row, int32 ``[Tq]``.
+
+    Kept, since every layer of a model asks for the same ones. Do not write into them.
+    """
+    tiles = grid.past_tiles(segment_size=segment_size, query_segment=query_segment)
+    return tiles.to(device), tiles.sum(dim=-1, dtype=torch.int32).to(device)
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,9 @@ class AttentionPlan:
         grid: tile sizes and token counts.
         batch_size: Z.
         num_heads: Hq.
-        blocks: key tiles that every query of the tile sees whole, ascending, int
-            ``[Z, Hq, Tq, F]``. They are computed without a mask, on the keys *in plan order*.
+        blocks: key tiles that every query of the tile sees whole, ascending, int16, int32 or int64
+            ``[Z, Hq, Tq, F]`` (int16 from the Triton selection: cast before multiplying). They are
+            computed without a mask, on the keys *in plan order*.
         num_blocks: valid entries of ``blocks``, int ``[Z, Hq, Tq]``.
         windows: first keys of windows of ``grid.key_tile`` consecutive keys *in natural order*,
             ascending, int ``[Z, Hq, Tq, W]``. They are computed with the causal mask per token.
@@ -232,7 +233,7 @@ class AttentionPlan:
         grid = self.grid
         rows = self.query_positions()
         rows = rows.unflatten(-1, (grid.num_query_tiles, grid.query_tile)).unsqueeze(-1)
-        places = _expand_ranges(self.blocks * grid.key_tile, self.num_blocks, grid.key_tile)
+        places = _expand_ranges(self.blocks.long() * grid.key_tile, self.num_blocks, grid.key_tile)
         order = self.key_order()
         hits = places >= 0
         whole = (
@@ -281,7 +282,7 @@ class AttentionPlan:
         )
         first = grid.first_positions(self.device)[:, None]
         if self.query_order is None:
-            ends = (self.blocks + 1) * grid.key_tile
+            ends = (self.blocks.long() + 1) * grid.key_tile
             late = _valid(self.blocks, self.num_blocks) & (ends > first)
             if bool(late.any()):
                 raise ValueError(

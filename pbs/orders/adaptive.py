@@ -14,8 +14,9 @@ from torch.nn.functional import pad
 
 from pbs.checks import check_positive_int
 from pbs.ops.grid import BlockGrid
+from pbs.ops.permutation.reference import MAX_SCORES
 from pbs.orders import build_order
-from pbs.orders.base import MAX_SCORES, Order
+from pbs.orders.base import Order
 
 # Fractional parts of its multiples spread evenly over [0, 1): the golden ratio.
 _GOLDEN = 0.6180339887498949
@@ -105,8 +106,8 @@ class AdaptiveOrder(Order):
         candidates: Tensor,
         threshold: float,
         query_order: Tensor | None = None,
-    ) -> Arrangement:
-        """The permuted arrangement in the heads that gain, the natural one in the others.
+    ) -> Tensor:
+        """The permuted order in the heads that gain, natural order in the others.
 
         Args:
             q: ``[Z, Hq, Nq, D]`` in plan order.
@@ -121,7 +122,7 @@ class AdaptiveOrder(Order):
                 query moved.
 
         Returns:
-            An arrangement whose order is the identity in the heads that do not gain.
+            int64 ``[Z, Ho, Nk]``, the identity in the heads that do not gain.
         """
         assert permuted.order is not None
         rows = sample_rows(grid.num_queries, self.num_rows, device=q.device)
@@ -145,14 +146,8 @@ class AdaptiveOrder(Order):
         # [4, Z, Hq] -> [4, Z, Ho]: heads with a common order decide together.
         needed = torch.cat(counts, dim=-1).unflatten(-1, (permuted.order.shape[1], -1)).sum(-1)
         gains = needed[1] * needed[3] < needed[0] * needed[2]
-        per_query_head = gains.repeat_interleave(q.shape[1] // gains.shape[1], dim=1)
-        per_query_head = per_query_head[..., None, None]
         identity = torch.arange(grid.num_keys, device=q.device)
-        return Arrangement(
-            torch.where(gains.unsqueeze(-1), permuted.order, identity),
-            torch.where(per_query_head, permuted.probabilities, natural.probabilities),
-            torch.where(per_query_head, permuted.forced, natural.forced),
-        )
+        return torch.where(gains.unsqueeze(-1), permuted.order, identity)
 
 
 def sample_rows(num_queries: int, num_rows: int, *, device: torch.device | str = "cpu") -> Tensor:

@@ -10,10 +10,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from pbs.ops.permutation import key_importance, sort_segments
-
-# Scores held at once: 2^25 fp32 values are 128 MB, and as much again for their softmax.
-MAX_SCORES = 1 << 25
+from pbs.ops.permutation import importance_order
 
 
 class Order(ABC):
@@ -68,16 +65,14 @@ class ImportanceOrder(Order):
         shared: bool,
     ) -> Tensor | None:
         """See the base class."""
-        num_sorted = k.shape[2] // segment_size * segment_size
-        if not num_sorted:
+        if k.shape[2] < segment_size:
             return None
         proxy = self.proxy_queries(q, block_size=block_size)
         if shared:
             groups = q.shape[1] // k.shape[1]
             proxy = proxy.unflatten(1, (k.shape[1], groups)).mean(dim=2, dtype=torch.float32)
             proxy = proxy.to(q.dtype)
-        scores = key_importance(proxy, k[:, :, :num_sorted], scale=scale)
-        return sort_segments(scores, num_keys=k.shape[2], segment_size=segment_size)
+        return importance_order(proxy, k, scale=scale, segment_size=segment_size)
 
 
 def moved_heads(order: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pbs.orders.base import MAX_SCORES
-from pbs.selectors.pooling import mean_pool
+from pbs.ops.permutation.reference import MAX_SCORES
+from pbs.ops.pooling import mean_pool
 
 
 def order_queries(

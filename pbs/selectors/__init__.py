@@ -2,7 +2,6 @@
 
 from pbs.registry import Registry
 from pbs.selectors.base import Selector
-from pbs.selectors.top_p import select_top_p
 
 SELECTORS = Registry(
     "selector",
@@ -23,4 +22,4 @@ def build_selector(name: str, params: dict[str, object]) -> Selector:
     return selector
 
 
-__all__ = ["SELECTORS", "Selector", "build_selector", "select_top_p"]
+__all__ = ["SELECTORS", "Selector", "build_selector"]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pbs.checks import check_choice
 from pbs.ops.grid import BlockGrid
+from pbs.ops.pooling import block_logits, mean_pool, softmax_over
 from pbs.selectors.base import Selector
-from pbs.selectors.pooling import block_logits, mean_pool, softmax_over
 
 
 @dataclass(kw_only=True)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
+from pbs.ops.block_selection import select_top_p_blocks
 from pbs.ops.grid import BlockGrid
 
 
@@ -29,3 +30,43 @@ class Selector(ABC):
             fp32 ``[Z, Hq, Tq, Tk]``; rows sum to 1 over the candidates, a row without candidates
             is 0.
         """
+
+    def select(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        scale: float,
+        grid: BlockGrid,
+        candidates: Tensor,
+        num_candidates: Tensor,
+        limits: Tensor,
+        threshold: float,
+        forced: Tensor | None,
+        k_means: Tensor | None = None,  # noqa: ARG002 - for selectors that pool by the mean
+    ) -> tuple[Tensor, Tensor]:
+        """The fewest blocks whose probability reaches the threshold.
+
+        Args:
+            q: as for :meth:`block_probabilities`, like all up to ``candidates``, whose Trues must
+                lead each row.
+            k: as there.
+            scale: as there.
+            grid: as there.
+            candidates: as there.
+            num_candidates: how many there are in each row, int ``[Tq]``.
+            limits: how many leading blocks may be listed in each row, int ``[Tq]``.
+            threshold: cumulative probability to reach (τ), in (0, 1].
+            forced: a block to list whatever its probability, int ``[1 or Z, Ho]``; None: no block.
+            k_means: mean of each key block, fp32 ``[Z, Ho, Tk, D]``, if it is known already.
+
+        Returns:
+            As :func:`pbs.ops.block_selection.select_top_p_blocks`.
+        """
+        return select_top_p_blocks(
+            self.block_probabilities(q, k, scale=scale, grid=grid, candidates=candidates),
+            threshold=threshold,
+            candidates=num_candidates,
+            limits=limits,
+            forced=forced,
+        )

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pbs.ops.grid import BlockGrid
+from pbs.ops.pooling import block_logits, softmax_over
 from pbs.selectors.base import Selector
-from pbs.selectors.pooling import block_logits, max_pool, softmax_over
+from pbs.selectors.pooling import max_pool
 
 
 @dataclass(kw_only=True)

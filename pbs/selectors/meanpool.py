@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pbs.checks import check_choice
+from pbs.ops.block_selection import select_pooled_blocks
 from pbs.ops.grid import BlockGrid
+from pbs.ops.pooling import block_logits, mean_pool, softmax_over
 from pbs.selectors.base import Selector
-from pbs.selectors.pooling import block_logits, mean_pool, softmax_over
 
 
 @dataclass(kw_only=True)
@@ -35,3 +36,30 @@ class MeanPoolSelector(Selector):
         q_blocks = mean_pool(q, grid.query_tile, pad_mean=self.pad_mean)
         k_blocks = mean_pool(k, grid.key_tile, pad_mean=self.pad_mean)
         return softmax_over(block_logits(q_blocks, k_blocks) * scale, candidates)
+
+    def select(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        scale: float,
+        grid: BlockGrid,
+        candidates: Tensor,  # noqa: ARG002 - their number says it all
+        num_candidates: Tensor,
+        limits: Tensor,
+        threshold: float,
+        forced: Tensor | None,
+        k_means: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See the base class. The probabilities are never in memory."""
+        if k_means is None:
+            k_means = mean_pool(k, grid.key_tile, pad_mean=self.pad_mean)
+        return select_pooled_blocks(
+            mean_pool(q, grid.query_tile, pad_mean=self.pad_mean),
+            k_means,
+            scale=scale,
+            threshold=threshold,
+            candidates=num_candidates,
+            limits=limits,
+            forced=forced,
+        )

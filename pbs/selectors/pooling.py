@@ -1,51 +1,17 @@
-"""Blocks as single vectors. Legend: see :mod:`pbs.ops.grid`."""
+"""Blocks as their largest values. Legend: see :mod:`pbs.ops.grid`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-
-def mean_pool(x: Tensor, tile: int, *, pad_mean: str = "real") -> Tensor:
-    """Mean of each tile of tokens, fp32 ``[Z, H, T, D]`` from ``[Z, H, N, D]``.
-
-    ``pad_mean`` "real" divides a partial last tile by its tokens, "reference" by the tile, as the
-    original code does by padding with zeros.
-    """
-    whole, last = _split(x, tile)
-    means = whole.mean(dim=3, dtype=torch.float32)
-    if last is None:
-        return means
-    count = tile if pad_mean == "reference" else last.shape[2]
-    total = last.sum(dim=2, keepdim=True, dtype=torch.float32)
-    return torch.cat([means, total / count], dim=2)
+from pbs.ops.pooling.reference import split_tiles
 
 
 def max_pool(x: Tensor, tile: int) -> Tensor:
     """Largest value of each dim in each tile of tokens, fp32 ``[Z, H, T, D]``."""
-    whole, last = _split(x, tile)
+    whole, last = split_tiles(x, tile)
     largest = whole.amax(dim=3)
     if last is not None:
         largest = torch.cat([largest, last.amax(dim=2, keepdim=True)], dim=2)
     return largest.float()
-
-
-def block_logits(q_blocks: Tensor, k_blocks: Tensor) -> Tensor:
-    """q kᵀ of pooled blocks, ``[Z, Hq, Tq, Tk]`` from ``[Z, Hq, Tq, D]`` and ``[Z, Ho, Tk, D]``."""
-    groups = q_blocks.shape[1] // k_blocks.shape[1]
-    grouped = q_blocks.unflatten(1, (k_blocks.shape[1], groups))
-    return (grouped @ k_blocks.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
-
-
-def softmax_over(logits: Tensor, candidates: Tensor) -> Tensor:
-    """fp32 softmax over the candidates of each row; 0 elsewhere and in rows without candidates."""
-    logits = logits.float().masked_fill(~candidates, float("-inf"))
-    return logits.softmax(dim=-1).masked_fill(~candidates, 0.0)
-
-
-def _split(x: Tensor, tile: int) -> tuple[Tensor, Tensor | None]:
-    """Whole tiles ``[Z, H, T', tile, D]`` and the tokens of a partial last one."""
-    num_whole = x.shape[2] // tile
-    whole = x[:, :, : num_whole * tile].unflatten(2, (num_whole, tile))
-    last = x[:, :, num_whole * tile :]
-    return whole, last if last.shape[2] else None

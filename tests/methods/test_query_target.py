@@ -4,9 +4,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pbs import build_method
 from pbs.ops.grid import BlockGrid
+from pbs.ops.pooling import mean_pool
 from pbs.orders import queries
 from pbs.orders.queries import gather_queries, order_queries
-from pbs.selectors.pooling import mean_pool
 from pbs.testing import make_qkv
 from tests.ops.attention_truth import causal_mask
 
@@ -113,8 +113,8 @@ def test_selector_scores_the_moved_queries(target):
     q, k, _ = make_qkv(1, 4, 2, 150, 16, structure="mixed")
     method = method_of(target)
     seen = []
-    score = method._selector.block_probabilities
-    method._selector.block_probabilities = lambda q, k, **kwargs: (
+    score = method._selector.select
+    method._selector.select = lambda q, k, **kwargs: (
         seen.append(q),
         score(q, k, **kwargs),
     )[1]

@@ -1,9 +1,9 @@
 import torch
 
+from pbs.ops.block_selection import select_top_p
 from pbs.ops.grid import BlockGrid
-from pbs.selectors import select_top_p
+from pbs.ops.pooling import mean_pool
 from pbs.selectors.meanpool import MeanPoolSelector
-from pbs.selectors.pooling import mean_pool
 from pbs.testing import make_qkv
 
 ALL = torch.ones(1, 4, dtype=torch.bool)

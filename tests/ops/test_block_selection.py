@@ -1,7 +1,12 @@
 import pytest
 import torch
 
-from pbs.ops.block_selection import list_blocks, select_top_p_blocks
+from pbs.ops.block_selection import (
+    list_blocks,
+    select_pooled_blocks,
+    select_top_p_blocks,
+    triton,
+)
 from pbs.ops.block_selection.triton import MAX_KEY_TILES
 
 BACKENDS = ["reference", "triton"]
@@ -19,7 +24,8 @@ def lists(probabilities, threshold, backend, *, candidates=None, limits=None, fo
         forced=forced,
         backend=backend,
     )
-    assert blocks.dtype == counts.dtype == torch.int32
+    assert blocks.dtype == (torch.int16 if backend == "triton" else torch.int32)
+    assert counts.dtype == torch.int32
     rows = zip(blocks.flatten(0, 2), counts.flatten(), strict=True)
     return [row[:count].tolist() for row, count in rows]
 
@@ -32,7 +38,8 @@ def select(row, threshold, backend):
 def test_lists_have_the_true_places_in_ascending_order(backend):
     mask = torch.tensor([[True, False, True, True, False], [False] * 5])[None, None]
     blocks, counts = list_blocks(mask, backend=backend)
-    assert blocks.dtype == counts.dtype == torch.int32
+    assert blocks.dtype == (torch.int16 if backend == "triton" else torch.int32)
+    assert counts.dtype == torch.int32
     assert counts.flatten().tolist() == [3, 0]
     assert blocks[0, 0, 0, :3].tolist() == [0, 2, 3]
 
@@ -107,3 +114,26 @@ def test_wrong_use_is_refused():
     wide = torch.ones(1).expand(1, 1, 1, MAX_KEY_TILES + 1)
     with pytest.raises(NotImplementedError, match="larger block_size"):
         select_top_p_blocks(wide, backend="triton", **arguments)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.9, 1.0])
+@pytest.mark.parametrize("max_scores", [1, 120, 1 << 23])
+def test_pooled_blocks_are_those_of_the_softmax(threshold, max_scores, monkeypatch):
+    monkeypatch.setattr(triton, "MAX_SCORES", max_scores)
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, heads, 9, 16, generator=generator) for heads in (2, 1))
+    candidates = torch.arange(9)
+    arguments = {
+        "scale": 0.7,
+        "threshold": threshold,
+        "candidates": candidates,
+        "limits": candidates,
+        "forced": torch.tensor([[3], [5]]),
+    }
+    blocks, counts = select_pooled_blocks(q, k, backend="triton", **arguments)
+    expected, expected_counts = select_pooled_blocks(q, k, backend="reference", **arguments)
+    assert torch.equal(counts, expected_counts)
+    for ours, theirs, count in zip(
+        blocks.flatten(0, 2), expected.flatten(0, 2), counts.flatten(), strict=True
+    ):
+        assert ours[:count].tolist() == theirs[:count].tolist()

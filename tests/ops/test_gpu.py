@@ -5,9 +5,17 @@ import torch
 
 from pbs import BlockGrid, block_sparse_attention
 from pbs.ops.antidiagonal import antidiagonal_block_sums
-from pbs.ops.block_selection import select_top_p_blocks
+from pbs.ops.block_selection import select_pooled_blocks, select_top_p_blocks
+from pbs.ops.block_sparse_attention import triton as kernels
 from pbs.ops.dense import dense_attention
-from pbs.ops.permutation import gather_keys, key_importance, sort_segments
+from pbs.ops.permutation import (
+    gather_and_pool,
+    gather_keys,
+    importance_order,
+    key_importance,
+    sort_segments,
+)
+from pbs.ops.pooling import mean_pool
 from pbs.testing import assert_within_budget, make_qkv
 from tests.methods.cases import CASES, build
 from tests.ops.attention_truth import causal_mask, eager_attention, exact_attention
@@ -38,7 +46,7 @@ def check(q, k, v, plan):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("tile", [16, 32, 64, 128])
+@pytest.mark.parametrize("tile", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(513, 513), (100, 700)])
 def test_kernel_matches_the_plans_token_mask(num_queries, num_keys, head_dim, tile, dtype):
@@ -52,6 +60,25 @@ def test_reordered_keys(order_heads):
     order = segment_order(1000, 256)[:, :1].repeat(1, order_heads, 1)
     plan = random_plan(2, 4, BlockGrid(1000, 1000, 128, 128), segment_size=256, order=order)
     check(q, k, v, plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("tile", [128, 256])
+def test_hopper_kernel_agrees_with_the_triton_kernel(tile, head_dim, dtype, monkeypatch):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the Hopper kernel runs on Hopper alone")
+    # Keys as models have them: sequences, tokens, heads; a length that divides nothing.
+    q, k, v = (
+        x.transpose(1, 2).contiguous().transpose(1, 2).cuda()
+        for x in make_qkv(2, 8, 2, 3000, head_dim, num_queries=2900, dtype=dtype)
+    )
+    order = segment_order(3000, 2 * tile)[:, :2]
+    grid = BlockGrid(2900, 3000, tile, tile)
+    plan = to_device(random_plan(2, 8, grid, segment_size=2 * tile, order=order))
+    ours = block_sparse_attention(q, k, v, plan)
+    monkeypatch.setattr(kernels, "hopper_options", lambda **_: None)
+    torch.testing.assert_close(ours, block_sparse_attention(q, k, v, plan), rtol=2e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("case", sorted(CASES))
@@ -89,6 +116,43 @@ def test_permutation_kernels_match_their_references(segment_size, dtype):
     order = sort_segments(scores, **arguments)
     assert torch.equal(order.cpu(), sort_segments(scores.cpu(), **arguments))
     assert torch.equal(gather_keys(k.cuda(), order).cpu(), gather_keys(k, order.cpu()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("segment_size", [128, 256, 384, 512])
+def test_fused_order_gather_and_means_match_their_references(segment_size, head_dim, dtype):
+    q, k, _ = make_qkv(2, 8, 2, 5000, head_dim, num_queries=128, dtype=dtype, structure="vertical")
+    order = importance_order(q.cuda(), k.cuda(), scale=0.1, segment_size=segment_size).cpu()
+    num_sorted = 5000 // segment_size * segment_size
+    scores = key_importance(q, k[:, :, :num_sorted], scale=0.1, backend="reference")
+    segments = order[..., :num_sorted].unflatten(-1, (-1, segment_size))
+    expected = torch.arange(num_sorted).unflatten(-1, (-1, segment_size))
+    assert torch.equal(segments.sort(-1).values, expected.expand_as(segments))
+    ranked = scores.gather(-1, order[..., :num_sorted]).unflatten(-1, (-1, segment_size))
+    assert (ranked.diff(dim=-1) <= 2e-2 * ranked[..., :-1] + 1e-9).all()
+    gathered, means = gather_and_pool(k.cuda(), order.cuda(), tile=128)
+    assert torch.equal(gathered.cpu(), gather_keys(k, order))
+    torch.testing.assert_close(means.cpu(), mean_pool(gather_keys(k, order), 128))
+    torch.testing.assert_close(mean_pool(k.cuda(), 128).cpu(), mean_pool(k, 128))
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.9, 1.0])
+@pytest.mark.parametrize("num_tiles", [63, 1000])
+def test_pooled_selection_matches_its_reference(num_tiles, threshold):
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, heads, num_tiles, 64, generator=generator) for heads in (8, 2))
+    arguments = {"scale": 0.3, "threshold": threshold}
+    limits, forced = torch.arange(num_tiles), torch.zeros(1, 1, dtype=torch.long)
+    _, counts = select_pooled_blocks(
+        q, k, candidates=limits, limits=limits, forced=forced, **arguments
+    )
+    on_gpu = limits.cuda()
+    _, ours = select_pooled_blocks(
+        q.cuda(), k.cuda(), candidates=on_gpu, limits=on_gpu, forced=forced.cuda(), **arguments
+    )
+    assert (ours.cpu() - counts).abs().max() <= 1
+    assert (ours.cpu() == counts).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -7,6 +7,10 @@ from types import ModuleType
 
 from torch import Tensor
 
+from pbs.ops.block_selection.reference import select_top_p
+
+__all__ = ["list_blocks", "select_pooled_blocks", "select_top_p", "select_top_p_blocks"]
+
 
 def list_blocks(mask: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Lists of the True places of each row.
@@ -16,8 +20,9 @@ def list_blocks(mask: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]
         backend: see :func:`select_top_p_blocks`.
 
     Returns:
-        Ascending indices, int32 ``[Z, H, Tq, F]``, and how many are valid, int32 ``[Z, H, Tq]``.
-        Entries past a row's count are undefined.
+        Ascending indices, int32 (Triton: int16, half the memory; multiply only after a cast)
+        ``[Z, H, Tq, F]``, and how many are valid, int32 ``[Z, H, Tq]``. Entries past a row's count
+        are undefined.
     """
     listed: tuple[Tensor, Tensor] = _backend(backend, mask).list_blocks(mask)
     return listed
@@ -40,12 +45,12 @@ def select_top_p_blocks(
         candidates: how many leading key blocks take part in each row, int ``[Tq]``.
         limits: how many leading key blocks may be listed in each row, int ``[Tq]``, at most
             ``candidates``; the rest (the diagonal) is computed anyway.
-        forced: a key block to list whatever its probability, int ``[1 or Z, 1 or Hq]``.
+        forced: a key block to list whatever its probability, int ``[1 or Z, Ho]``, Hq a multiple of
+            Ho.
         backend: "auto" (Triton on a CUDA device, else the reference), "reference" or "triton".
 
     Returns:
-        Ascending key blocks, int32 ``[Z, Hq, Tq, F]``, and how many are valid, int32
-        ``[Z, Hq, Tq]``. Entries past a row's count are undefined. Ties go to the lower index.
+        As :func:`list_blocks`. Ties go to the lower index.
 
     Source: arXiv 2510.21270, section 3.3. A block is kept iff the sum of the more probable ones is
     below τ, so a row whose rounded sum never reaches τ keeps all its blocks; the reference code of
@@ -57,6 +62,48 @@ def select_top_p_blocks(
         )
     selected: tuple[Tensor, Tensor] = _backend(backend, probabilities).select_top_p_blocks(
         probabilities, threshold=threshold, candidates=candidates, limits=limits, forced=forced
+    )
+    return selected
+
+
+def select_pooled_blocks(
+    q_means: Tensor,
+    k_means: Tensor,
+    *,
+    scale: float,
+    threshold: float,
+    candidates: Tensor,
+    limits: Tensor,
+    forced: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """:func:`select_top_p_blocks` of softmax(q̄ k̄ᵀ scale) over the candidates.
+
+    The Triton backend holds at most ``MAX_SCORES`` logits at a time and never writes probabilities.
+
+    Args:
+        q_means: a vector per query block, fp32 ``[Z, Hq, Tq, D]``.
+        k_means: a vector per key block, fp32 ``[Z, Ho, Tk, D]``, Hq a multiple of Ho.
+        scale: factor of the logits.
+        threshold: as there, like all that follow.
+        candidates: as there.
+        limits: as there.
+        forced: as there.
+        backend: as there.
+
+    Returns:
+        As :func:`list_blocks`.
+
+    Source: arXiv 2510.21270, section 3.3 and Algorithm 2.
+    """
+    selected: tuple[Tensor, Tensor] = _backend(backend, q_means).select_pooled_blocks(
+        q_means,
+        k_means,
+        scale=scale,
+        threshold=threshold,
+        candidates=candidates,
+        limits=limits,
+        forced=forced,
     )
     return selected
 

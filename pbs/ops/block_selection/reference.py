@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pbs.ops.pooling import block_logits, softmax_over
+
 
 def list_blocks(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Lists as wide as the fullest row."""
@@ -18,6 +20,26 @@ def list_blocks(mask: Tensor) -> tuple[Tensor, Tensor]:
     return lists[..., :width].contiguous(), counts
 
 
+def select_top_p(probabilities: Tensor, *, threshold: float, candidates: Tensor) -> Tensor:
+    """As a mask: the fewest key blocks, per query block, whose probability reaches the threshold.
+
+    Args:
+        probabilities: fp32 ``[Z, Hq, Tq, Tk]``; rows sum to 1 over the candidates.
+        threshold: cumulative probability to reach (τ), in (0, 1]; 1 keeps every candidate.
+        candidates: blocks that may be selected, bool ``[Tq, Tk]``.
+
+    Returns:
+        Selected blocks, bool ``[Z, Hq, Tq, Tk]``. Ties go to the lower block index.
+    """
+    if threshold >= 1:
+        return candidates.expand_as(probabilities)
+    ranked, index = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = torch.nn.functional.pad(ranked.cumsum(dim=-1)[..., :-1], (1, 0))
+    selected = torch.zeros_like(probabilities, dtype=torch.bool)
+    selected.scatter_(-1, index, before < threshold)
+    return selected & candidates
+
+
 def select_top_p_blocks(
     probabilities: Tensor,
     *,
@@ -28,11 +50,28 @@ def select_top_p_blocks(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pbs.ops.block_selection.api.select_top_p_blocks`."""
     tiles = torch.arange(probabilities.shape[-1], device=probabilities.device)
-    mask = (tiles < candidates[:, None]).expand_as(probabilities)
-    if threshold < 1:
-        ranked, index = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = torch.nn.functional.pad(ranked.cumsum(dim=-1)[..., :-1], (1, 0))
-        mask = torch.zeros_like(mask).scatter_(-1, index, before < threshold) & mask
+    mask = select_top_p(probabilities, threshold=threshold, candidates=tiles < candidates[:, None])
     if forced is not None:
-        mask = mask | (tiles == forced[..., None, None])
+        heads = probabilities.shape[1] // forced.shape[1]
+        mask = mask | (tiles == forced.repeat_interleave(heads, dim=1)[..., None, None])
     return list_blocks(mask & (tiles < limits[:, None]))
+
+
+def select_pooled_blocks(
+    q_means: Tensor,
+    k_means: Tensor,
+    *,
+    scale: float,
+    threshold: float,
+    candidates: Tensor,
+    limits: Tensor,
+    forced: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`pbs.ops.block_selection.api.select_pooled_blocks`."""
+    tiles = torch.arange(k_means.shape[2], device=k_means.device)
+    probabilities = softmax_over(
+        block_logits(q_means, k_means) * scale, tiles < candidates[:, None]
+    )
+    return select_top_p_blocks(
+        probabilities, threshold=threshold, candidates=candidates, limits=limits, forced=forced
+    )

@@ -1,5 +1,7 @@
 """Triton kernel for NVIDIA GPUs; runs on a CPU in Triton's interpreter, for tests.
 
+On Hopper, plans of whole tiles in the dtypes of models go to :mod:`.triton_hopper` instead.
+
 Legend: see :mod:`pbs.ops.grid`. In the kernel: M query rows, N keys, D head dim (padded to a power
 of two).
 """
@@ -15,6 +17,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from pbs.ops.block_sparse_attention.triton_hopper import hopper_options
+from pbs.ops.block_sparse_attention.triton_hopper import launch as launch_hopper
+from pbs.ops.block_sparse_attention.tuned import tuned
 from pbs.ops.permutation import gather_keys
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.stages import stage
@@ -161,7 +166,7 @@ def block_sparse_attention_fwd_kernel(
     v_base = ordered_v_ptr + _offset(ordered_v_strides, batch, order_head)
     PARTS: tl.constexpr = KEY_TILE // BLOCK_N
     for step in range(count * PARTS):
-        start = tl.load(lists + step // PARTS) * KEY_TILE + step % PARTS * BLOCK_N
+        start = tl.load(lists + step // PARTS).to(tl.int32) * KEY_TILE + step % PARTS * BLOCK_N
         k = _load_tile(
             ordered_k_descriptor,
             k_base,
@@ -307,15 +312,22 @@ def block_sparse_attention(
     if not q.is_cuda:
         _check_interpreter(q)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    batch, num_heads, num_queries, head_dim = q.shape
-    options = launch_options(
-        head_dim=head_dim,
-        element_size=q.element_size(),
-        query_tile=plan.grid.query_tile,
-        key_tile=plan.grid.key_tile,
-        capability=torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0),
-    )
-    if options.use_tma:
+    shape = {
+        "head_dim": q.shape[3],
+        "element_size": q.element_size(),
+        "query_tile": plan.grid.query_tile,
+        "key_tile": plan.grid.key_tile,
+        "capability": torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0),
+    }
+    hopper = None
+    if plan.columns is None and plan.query_order is None and not triton.knobs.runtime.interpret:
+        hopper = hopper_options(**shape)
+        if hopper is not None:
+            hopper = tuned("hopper", shape, hopper)
+    options = tuned("triton", shape, launch_options(**shape))
+    if hopper is not None:
+        q = _for_descriptor(q)
+    if hopper is not None or options.use_tma:
         k, v = _for_descriptor(k), _for_descriptor(v)
     ordered_k, ordered_v = k, v
     if plan.order is not None:
@@ -324,6 +336,43 @@ def block_sparse_attention(
             ordered_k = plan.ordered_keys
             if ordered_k is None:
                 ordered_k = gather_keys(k, plan.order)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lists = _PlanPointers.of(plan)
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        if hopper is not None:
+            launch_hopper(
+                q,
+                k,
+                v,
+                ordered_k,
+                ordered_v,
+                out,
+                lists=lists[:4],
+                local_window=plan.local_window,
+                query_tile=plan.grid.query_tile,
+                key_tile=plan.grid.key_tile,
+                scale_log2=scale * LOG2_E,
+                options=hopper,
+            )
+        else:
+            _launch(q, k, v, ordered_k, ordered_v, out, plan, lists, scale * LOG2_E, options)
+    return out
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ordered_k: Tensor,
+    ordered_v: Tensor,
+    out: Tensor,
+    plan: AttentionPlan,
+    lists: _PlanPointers,
+    scale_log2: float,
+    options: LaunchOptions,
+) -> None:
+    """The kernel of this module."""
+    batch, num_heads, num_queries, head_dim = q.shape
     block_d = triton.next_power_of_2(max(head_dim, 16))
     descriptors: list[TensorDescriptor | None] = [None] * 4
     if options.use_tma:
@@ -331,48 +380,44 @@ def block_sparse_attention(
         descriptors = [
             TensorDescriptor.from_tensor(x.flatten(0, 1), box) for x in (k, v, ordered_k, ordered_v)
         ]
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lists = _PlanPointers.of(plan)
     programs = (triton.cdiv(num_queries, options.block_m), batch * num_heads)
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        block_sparse_attention_fwd_kernel[programs](
-            q,
-            k,
-            v,
-            ordered_k,
-            ordered_v,
-            *descriptors,
-            out,
-            *lists,
-            q.stride(),
-            k.stride(),
-            v.stride(),
-            ordered_k.stride(),
-            ordered_v.stride(),
-            out.stride(),
-            *(x.stride() for x in lists[:7]),
-            scale * LOG2_E,
-            num_heads,
-            k.shape[1],
-            ordered_k.shape[1],
-            num_queries,
-            k.shape[2],
-            KV_GROUP=num_heads // k.shape[1],
-            ORDER_GROUP=num_heads // ordered_k.shape[1],
-            HEAD_DIM=head_dim,
-            BLOCK_D=block_d,
-            BLOCK_M=options.block_m,
-            BLOCK_N=options.block_n,
-            QUERY_TILE=plan.grid.query_tile,
-            KEY_TILE=plan.grid.key_tile,
-            HAS_COLUMNS=plan.columns is not None,
-            HAS_QUERY_ORDER=plan.query_order is not None,
-            HAS_LOCAL_WINDOW=plan.local_window is not None,
-            USE_TMA=options.use_tma,
-            num_warps=options.num_warps,
-            num_stages=options.num_stages,
-        )
-    return out
+    block_sparse_attention_fwd_kernel[programs](
+        q,
+        k,
+        v,
+        ordered_k,
+        ordered_v,
+        *descriptors,
+        out,
+        *lists,
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        ordered_k.stride(),
+        ordered_v.stride(),
+        out.stride(),
+        *(x.stride() for x in lists[:7]),
+        scale_log2,
+        num_heads,
+        k.shape[1],
+        ordered_k.shape[1],
+        num_queries,
+        k.shape[2],
+        KV_GROUP=num_heads // k.shape[1],
+        ORDER_GROUP=num_heads // ordered_k.shape[1],
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d,
+        BLOCK_M=options.block_m,
+        BLOCK_N=options.block_n,
+        QUERY_TILE=plan.grid.query_tile,
+        KEY_TILE=plan.grid.key_tile,
+        HAS_COLUMNS=plan.columns is not None,
+        HAS_QUERY_ORDER=plan.query_order is not None,
+        HAS_LOCAL_WINDOW=plan.local_window is not None,
+        USE_TMA=options.use_tma,
+        num_warps=options.num_warps,
+        num_stages=options.num_stages,
+    )
 
 
 def _for_descriptor(x: Tensor) -> Tensor:

@@ -49,6 +49,57 @@ def sort_segments(
     return order
 
 
+def importance_order(
+    proxy: Tensor, k: Tensor, *, scale: float, segment_size: int, backend: str = "auto"
+) -> Tensor:
+    """:func:`sort_segments` of the :func:`key_importance` of the complete segments, in one step.
+
+    Args:
+        proxy: ``[Z, Ho, P, D]``.
+        k: ``[Z, Hkv, Nk, D]``, Ho a multiple of Hkv, with at least one complete segment.
+        scale: factor of the logits.
+        segment_size: S; keys of an incomplete last segment keep their place.
+        backend: "auto", "reference" or "triton".
+
+    Returns:
+        Original position of the key at each place, int64 ``[Z, Ho, Nk]``.
+
+    Raises:
+        ValueError: no segment is complete.
+
+    Source: arXiv 2510.21270, section 3.2 and Algorithm 1.
+    """
+    if k.shape[2] < segment_size:
+        raise ValueError(
+            f"expected at least one complete segment of {segment_size} keys, got {k.shape[2]} keys"
+        )
+    order: Tensor = _backend(backend, k).importance_order(
+        proxy, k, scale=scale, segment_size=segment_size
+    )
+    return order
+
+
+def gather_and_pool(
+    x: Tensor, order: Tensor, *, tile: int, pad_mean: str = "real", backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """:func:`gather_keys`, and :func:`pbs.ops.pooling.mean_pool` of the result, in one pass.
+
+    Args:
+        x: as there.
+        order: as there.
+        tile: tokens per mean, a power of two of at least 16.
+        pad_mean: as there.
+        backend: "auto", "reference" or "triton".
+
+    Returns:
+        ``[Z, Ho, Nk, D]`` and fp32 ``[Z, Ho, T, D]``.
+    """
+    found: tuple[Tensor, Tensor] = _backend(backend, x).gather_and_pool(
+        x, order, tile=tile, pad_mean=pad_mean
+    )
+    return found
+
+
 def gather_keys(x: Tensor, order: Tensor, *, backend: str = "auto") -> Tensor:
     """Keys or values in the order of each head.
 

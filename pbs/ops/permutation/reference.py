@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pbs.ops.pooling import mean_pool
+
 # Scores held at once: 2^25 fp32 values are 128 MB, and as much again for their softmax.
 MAX_SCORES = 1 << 25
 
@@ -35,6 +37,20 @@ def sort_segments(scores: Tensor, *, num_keys: int, segment_size: int) -> Tensor
     order = (local + starts[:, None]).flatten(-2)
     tail = torch.arange(order.shape[-1], num_keys, device=scores.device)
     return torch.cat([order, tail.expand(*order.shape[:2], -1)], dim=-1)
+
+
+def importance_order(proxy: Tensor, k: Tensor, *, scale: float, segment_size: int) -> Tensor:
+    """Scores of all keys of complete segments, then a sort."""
+    num_keys = k.shape[2]
+    num_sorted = num_keys // segment_size * segment_size
+    scores = key_importance(proxy, k[:, :, :num_sorted], scale=scale)
+    return sort_segments(scores, num_keys=num_keys, segment_size=segment_size)
+
+
+def gather_and_pool(x: Tensor, order: Tensor, *, tile: int, pad_mean: str) -> tuple[Tensor, Tensor]:
+    """A gather, then means."""
+    gathered = gather_keys(x, order)
+    return gathered, mean_pool(gathered, tile, pad_mean=pad_mean)
 
 
 def gather_keys(x: Tensor, order: Tensor) -> Tensor:

@@ -1,0 +1,426 @@
+"""Gluon kernel for Hopper: one warp loads, two groups of four warps multiply and take turns.
+
+What plain Triton leaves idle here is the matrix unit during a softmax. So 64 of a tile's 128 rows
+go to each of two warpgroups, whose softmaxes fall at different times, and each warpgroup starts the
+next tile's logits before the softmax of the current one (the schedule of FlashAttention-3, arXiv
+2407.08608, section 3, on lists of tiles).
+
+Measured alone on an H100 (Triton 3.6, bf16, 32 query and 8 key heads of 128, random tiles, medians
+of 10): 588, 667, 671, 645 and 648 TFLOP/s on computed tiles at 8K (density 0.58), 16K (0.49), 32K
+(0.41), 64K (0.29) and 128K (0.22) tokens, where the Triton kernel reached 406, 452, 477, 476, 479
+and cuDNN's dense attention 619, 669, 683, 577, 595 in the same run. Head dims 64 and 128 ran there;
+80, 96 and 256 are compiled by ``make kernels`` and await ``make test-gpu``.
+
+Legend: see :mod:`pbs.ops.grid`. In the kernel: M query rows of a warpgroup, N keys, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Rows of q that one warpgroup works on: what its matrix instructions take.
+ROWS = 64
+_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+
+
+@gluon.jit
+def _load_tile(descriptor, plane, start, buffers, ready, free, step, NUM_BYTES: gl.constexpr):
+    """Fetch BLOCK_N rows into the next buffer of a ring, once its last readers have left it."""
+    STAGES: gl.constexpr = buffers.shape[0]
+    slot = step % STAGES
+    mbarrier.wait(free.index(slot), (step // STAGES & 1) ^ 1)
+    mbarrier.expect(ready.index(slot), NUM_BYTES)
+    tma.async_copy_global_to_shared(
+        descriptor, [plane, start, 0], ready.index(slot), buffers.index(slot)
+    )
+
+
+@gluon.jit
+def _produce(tiles, rings, KEY_TILE: gl.constexpr):
+    """The warp that loads: q once, then K and V tiles in the order in which they are read."""
+    q_buffer, q_ready, k_buffers, v_buffers, k_ready, v_ready, k_free, v_free = rings
+    q_descriptor, k_descriptor, v_descriptor, ordered_k_descriptor, ordered_v_descriptor = tiles[:5]
+    blocks, num_blocks, windows, num_windows, plane, kv_plane, order_plane, first_row = tiles[5:]
+    BLOCK_N: gl.constexpr = k_buffers.shape[2]
+    BLOCK_D: gl.constexpr = k_buffers.shape[3]
+    PARTS: gl.constexpr = KEY_TILE // BLOCK_N
+    ITEM: gl.constexpr = k_descriptor.dtype.primitive_bitwidth // 8
+    NUM_BYTES: gl.constexpr = BLOCK_N * BLOCK_D * ITEM
+    NUM_GROUPS: gl.constexpr = q_buffer.shape[0]
+    ROWS: gl.constexpr = q_buffer.shape[2]
+    mbarrier.expect(q_ready, NUM_GROUPS * ROWS * BLOCK_D * ITEM)
+    for group in gl.static_range(NUM_GROUPS):
+        tma.async_copy_global_to_shared(
+            q_descriptor, [plane, first_row + group * ROWS, 0], q_ready, q_buffer.index(group)
+        )
+    done = num_windows * PARTS
+    for step in range(done):
+        start = gl.load(windows + step // PARTS) + step % PARTS * BLOCK_N
+        _load_tile(k_descriptor, kv_plane, start, k_buffers, k_ready, k_free, step, NUM_BYTES)
+        _load_tile(v_descriptor, kv_plane, start, v_buffers, v_ready, v_free, step, NUM_BYTES)
+    for step in range(num_blocks * PARTS):
+        start = gl.load(blocks + step // PARTS).to(gl.int32) * KEY_TILE + step % PARTS * BLOCK_N
+        at = done + step
+        _load_tile(
+            ordered_k_descriptor, order_plane, start, k_buffers, k_ready, k_free, at, NUM_BYTES
+        )
+        _load_tile(
+            ordered_v_descriptor, order_plane, start, v_buffers, v_ready, v_free, at, NUM_BYTES
+        )
+
+
+@gluon.jit
+def _start_logits(q, k_buffers, k_ready, step, zeros):
+    """q times a K tile, not waited for."""
+    STAGES: gl.constexpr = k_buffers.shape[0]
+    BLOCK_N: gl.constexpr = k_buffers.shape[2]
+    BLOCK_D: gl.constexpr = k_buffers.shape[3]
+    slot = step % STAGES
+    mbarrier.wait(k_ready.index(slot), step // STAGES & 1)
+    k = k_buffers.index(slot).reshape([BLOCK_N, BLOCK_D]).permute([1, 0])
+    return warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _start_values(weights, v_buffers, v_ready, step, acc):
+    """acc plus weights times a V tile, not waited for."""
+    STAGES: gl.constexpr = v_buffers.shape[0]
+    BLOCK_N: gl.constexpr = v_buffers.shape[2]
+    BLOCK_D: gl.constexpr = v_buffers.shape[3]
+    slot = step % STAGES
+    mbarrier.wait(v_ready.index(slot), step // STAGES & 1)
+    return warpgroup_mma(
+        weights, v_buffers.index(slot).reshape([BLOCK_N, BLOCK_D]), acc, is_async=True
+    )
+
+
+@gluon.jit
+def _weigh(logits, row_max, row_sum, scale_log2, MASKED: gl.constexpr):
+    """Fold the logits of one tile into the running maximum and sum."""
+    # scale_log2 is positive: the scaled maximum is the maximum scaled, and the subtraction below
+    # becomes one fused multiply-add per logit.
+    new_max = gl.maximum(row_max, gl.max(logits, 1) * scale_log2)
+    reference = new_max
+    if MASKED:
+        # A row that has seen no key yet has maximum -inf; -inf - -inf would be NaN.
+        reference = gl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = gl.exp2(logits * scale_log2 - reference[:, None])
+    decay = gl.exp2(row_max - reference)
+    return weights, decay, new_max, row_sum * decay + gl.sum(weights, 1)
+
+
+@gluon.jit
+def _consume(
+    group: gl.constexpr,
+    work,
+    rings,
+    HEAD_DIM: gl.constexpr,
+    HAS_LOCAL_WINDOW: gl.constexpr,
+    KEY_TILE: gl.constexpr,
+):
+    """One warpgroup: 64 rows over all tiles of the lists, then their output."""
+    q_buffer, q_ready, k_buffers, v_buffers, k_ready, v_ready, k_free, v_free = rings
+    num_window_steps, num_block_steps, windows, first_row, offset, num_queries = work[:6]
+    num_init, num_local, scale_log2, out_base, out_stride = work[6:]
+    ROWS: gl.constexpr = q_buffer.shape[2]
+    BLOCK_N: gl.constexpr = k_buffers.shape[2]
+    BLOCK_D: gl.constexpr = k_buffers.shape[3]
+    STAGES: gl.constexpr = k_buffers.shape[0]
+    PARTS: gl.constexpr = KEY_TILE // BLOCK_N
+    dtype: gl.constexpr = q_buffer.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+
+    q = q_buffer.index(group).reshape([ROWS, BLOCK_D])
+    rows = first_row + group * ROWS + gl.arange(0, ROWS, s_rows)
+    positions = gl.where(rows < num_queries, rows + offset, -1)
+    keys = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
+    acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
+    row_max = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
+    row_sum = gl.zeros([ROWS], gl.float32, s_rows)
+    mbarrier.wait(q_ready, 0)
+
+    # 1. Windows in natural order, with the causal mask per token. They are few: no overlap.
+    for step in range(num_window_steps):
+        token = _start_logits(q, k_buffers, k_ready, step, zeros)
+        logits = warpgroup_mma_wait(0, deps=(token,))
+        mbarrier.arrive(k_free.index(step % STAGES))
+        key = gl.load(windows + step // PARTS) + step % PARTS * BLOCK_N + keys
+        seen = key[None, :] <= positions[:, None]
+        if HAS_LOCAL_WINDOW:
+            near = positions[:, None] - key[None, :] < num_local
+            seen = seen & ((key < num_init)[None, :] | near)
+        logits = gl.where(seen, logits, float("-inf"))
+        weights, decay, row_max, row_sum = _weigh(logits, row_max, row_sum, scale_log2, True)
+        acc = acc * gl.convert_layout(decay, o_rows)[:, None]
+        operand = gl.convert_layout(weights.to(dtype), p_layout)
+        token = _start_values(operand, v_buffers, v_ready, step, acc)
+        acc = warpgroup_mma_wait(0, deps=(token,))
+        mbarrier.arrive(v_free.index(step % STAGES))
+
+    # 2. Tiles that every row sees, in plan order: no mask. They are whole, so all keys exist.
+    if num_block_steps > 0:
+        step = num_window_steps
+        token = _start_logits(q, k_buffers, k_ready, step, zeros)
+        logits = warpgroup_mma_wait(0, deps=(token,))
+        mbarrier.arrive(k_free.index(step % STAGES))
+        weights, decay, row_max, row_sum = _weigh(logits, row_max, row_sum, scale_log2, False)
+        acc = acc * gl.convert_layout(decay, o_rows)[:, None]
+        operand = gl.convert_layout(weights.to(dtype), p_layout)
+        for step in range(num_window_steps + 1, num_window_steps + num_block_steps):
+            s_token = _start_logits(q, k_buffers, k_ready, step, zeros)
+            o_token = _start_values(operand, v_buffers, v_ready, step - 1, acc)
+            logits = warpgroup_mma_wait(1, deps=(s_token,))
+            mbarrier.arrive(k_free.index(step % STAGES))
+            weights, decay, row_max, row_sum = _weigh(logits, row_max, row_sum, scale_log2, False)
+            acc = warpgroup_mma_wait(0, deps=(o_token,))
+            mbarrier.arrive(v_free.index((step - 1) % STAGES))
+            acc = acc * gl.convert_layout(decay, o_rows)[:, None]
+            operand = gl.convert_layout(weights.to(dtype), p_layout)
+        step = num_window_steps + num_block_steps - 1
+        o_token = _start_values(operand, v_buffers, v_ready, step, acc)
+        acc = warpgroup_mma_wait(0, deps=(o_token,))
+
+    # A query without keys has sum 0 and accumulator 0: its output is 0.
+    total = gl.convert_layout(gl.where(row_sum == 0.0, 1.0, row_sum), o_rows)
+    out = (acc / total[:, None]).to(dtype)
+    rows = first_row + group * ROWS + gl.arange(0, ROWS, o_rows)
+    dims = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_layout))
+    pointers = out_base + rows.to(gl.int64)[:, None] * out_stride + dims[None, :]
+    gl.store(pointers, out, mask=(rows < num_queries)[:, None] & (dims < HEAD_DIM)[None, :])
+
+
+@gluon.jit
+def hopper_attention_fwd_kernel(
+    q_descriptor,
+    k_descriptor,
+    v_descriptor,
+    ordered_k_descriptor,
+    ordered_v_descriptor,
+    out_ptr,
+    blocks_ptr,
+    num_blocks_ptr,
+    windows_ptr,
+    num_windows_ptr,
+    local_window_ptr,
+    out_strides,
+    blocks_strides,
+    num_blocks_strides,
+    windows_strides,
+    num_windows_strides,
+    scale_log2,
+    num_heads,
+    num_kv_heads,
+    num_order_heads,
+    num_queries,
+    num_keys,
+    HEAD_DIM: gl.constexpr,
+    QUERY_TILE: gl.constexpr,
+    KEY_TILE: gl.constexpr,
+    HAS_LOCAL_WINDOW: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """One program: 128 rows of one query tile of one head, over all keys the plan names."""
+    NUM_CONSUMERS: gl.constexpr = 2
+    dtype: gl.constexpr = q_descriptor.dtype
+    ROWS: gl.constexpr = q_descriptor.block_shape[1]
+    BLOCK_N: gl.constexpr = k_descriptor.block_shape[1]
+    BLOCK_D: gl.constexpr = k_descriptor.block_shape[2]
+    barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
+
+    # Later query tiles see more keys: start the longest programs first.
+    part = gl.num_programs(0) - 1 - gl.program_id(0)
+    batch = gl.program_id(1) // num_heads
+    head = gl.program_id(1) % num_heads
+    first_row = part * (NUM_CONSUMERS * ROWS)
+    tile = first_row // QUERY_TILE
+    batch64, head64 = batch.to(gl.int64), head.to(gl.int64)
+    blocks = blocks_ptr + batch64 * blocks_strides[0] + head64 * blocks_strides[1]
+    blocks += tile.to(gl.int64) * blocks_strides[2]
+    windows = windows_ptr + batch64 * windows_strides[0] + head64 * windows_strides[1]
+    windows += tile * windows_strides[2]
+    counts = num_blocks_ptr + batch * num_blocks_strides[0] + head * num_blocks_strides[1]
+    num_blocks = gl.load(counts + tile * num_blocks_strides[2])
+    counts = num_windows_ptr + batch * num_windows_strides[0] + head * num_windows_strides[1]
+    num_windows = gl.load(counts + tile * num_windows_strides[2])
+    num_init = 0
+    num_local = 0
+    if HAS_LOCAL_WINDOW:
+        num_init = gl.load(local_window_ptr + head * 2)
+        num_local = gl.load(local_window_ptr + head * 2 + 1)
+
+    q_buffer = gl.allocate_shared_memory(
+        dtype, [NUM_CONSUMERS, 1, ROWS, BLOCK_D], q_descriptor.layout
+    )
+    k_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, BLOCK_D], k_descriptor.layout)
+    v_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, BLOCK_D], v_descriptor.layout)
+    q_ready = gl.allocate_shared_memory(gl.int64, [1], barrier_layout)
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
+    mbarrier.init(q_ready, count=1)
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(slot), count=1)
+        mbarrier.init(v_ready.index(slot), count=1)
+        mbarrier.init(k_free.index(slot), count=NUM_CONSUMERS)
+        mbarrier.init(v_free.index(slot), count=NUM_CONSUMERS)
+    fence_async_shared()
+
+    PARTS: gl.constexpr = KEY_TILE // BLOCK_N
+    offset = num_keys - num_queries
+    out_base = out_ptr + batch64 * out_strides[0] + head64 * out_strides[1]
+    rings = (q_buffer, q_ready, k_buffers, v_buffers, k_ready, v_ready, k_free, v_free)
+    work = (
+        num_windows * PARTS,
+        num_blocks * PARTS,
+        windows,
+        first_row,
+        offset,
+        num_queries,
+        num_init,
+        num_local,
+        scale_log2,
+        out_base,
+        out_strides[2],
+    )
+    tiles = (
+        q_descriptor,
+        k_descriptor,
+        v_descriptor,
+        ordered_k_descriptor,
+        ordered_v_descriptor,
+        blocks,
+        num_blocks,
+        windows,
+        num_windows,
+        batch * num_heads + head,
+        batch * num_kv_heads + head // (num_heads // num_kv_heads),
+        batch * num_order_heads + head // (num_heads // num_order_heads),
+        first_row,
+    )
+    # A consumer needs 240 registers a thread: the loading warp gives its own away.
+    gl.warp_specialize(
+        [
+            (_consume, (0, work, rings, HEAD_DIM, HAS_LOCAL_WINDOW, KEY_TILE)),
+            (_consume, (1, work, rings, HEAD_DIM, HAS_LOCAL_WINDOW, KEY_TILE)),
+            (_produce, (tiles, rings, KEY_TILE)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+class HopperOptions(NamedTuple):
+    """Tile sizes and launch options of one compiled kernel."""
+
+    block_n: int
+    block_d: int
+    num_stages: int
+
+
+def hopper_options(
+    *, head_dim: int, element_size: int, query_tile: int, key_tile: int, capability: tuple[int, int]
+) -> HopperOptions | None:
+    """What to launch, as measured on an H100 and checked for spills by ``make kernels``.
+
+    Two stages of 128-key tiles fill an SM at D = 128; a third was no faster. A head dim above 128
+    halves the keys a step.
+
+    Args:
+        head_dim: D.
+        element_size: bytes per element of q, k and v.
+        query_tile: rows of the plan's tiles.
+        key_tile: keys of the plan's tiles.
+        capability: compute capability, (9, 0) for H100.
+
+    Returns:
+        None where this kernel does not run: other chips, fp32, query tiles below 128 rows (the two
+        warpgroups share K and V), key tiles below 64, D above 256.
+    """
+    if capability != (9, 0) or element_size != 2 or query_tile < 2 * ROWS or key_tile < 64:
+        return None
+    # Descriptors have rows that are multiples of 16 bytes.
+    if head_dim > 256 or head_dim % 8:
+        return None
+    block_d = max(64, triton.next_power_of_2(head_dim))
+    block_n = 128 if key_tile >= 128 and block_d <= 128 else 64
+    return HopperOptions(block_n, block_d, num_stages=2)
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ordered_k: Tensor,
+    ordered_v: Tensor,
+    out: Tensor,
+    *,
+    lists: tuple[Tensor, Tensor, Tensor, Tensor],
+    local_window: Tensor | None,
+    query_tile: int,
+    key_tile: int,
+    scale_log2: float,
+    options: HopperOptions,
+) -> None:
+    """Write the attention of a plan into ``out``.
+
+    Args:
+        q: ``[Z, Hq, Nq, D]``, as all inputs fit for descriptors.
+        k: ``[Z, Hkv, Nk, D]`` in natural order.
+        v: ``[Z, Hkv, Nk, D]`` in natural order.
+        ordered_k: ``[Z, Ho, Nk, D]`` in plan order.
+        ordered_v: ``[Z, Ho, Nk, D]`` in plan order.
+        out: ``[Z, Hq, Nq, D]``.
+        lists: the plan's blocks, num_blocks, windows and num_windows, spread over Z and Hq.
+        local_window: the plan's.
+        query_tile: rows of the plan's tiles.
+        key_tile: keys of the plan's tiles.
+        scale_log2: factor of the logits times log2(e), positive.
+        options: from :func:`hopper_options`.
+    """
+    batch, num_heads, num_queries, head_dim = q.shape
+    keys = [_descriptor(x, options.block_n, options) for x in (k, v, ordered_k, ordered_v)]
+    hopper_attention_fwd_kernel[(triton.cdiv(num_queries, 2 * ROWS), batch * num_heads)](
+        _descriptor(q, ROWS, options),
+        *keys,
+        out,
+        *lists,
+        lists[1] if local_window is None else local_window,
+        out.stride(),
+        *(x.stride() for x in lists),
+        scale_log2,
+        num_heads,
+        k.shape[1],
+        ordered_k.shape[1],
+        num_queries,
+        k.shape[2],
+        HEAD_DIM=head_dim,
+        QUERY_TILE=query_tile,
+        KEY_TILE=key_tile,
+        HAS_LOCAL_WINDOW=local_window is not None,
+        STAGES=options.num_stages,
+        num_warps=4,
+    )
+
+
+def _descriptor(x: Tensor, rows: int, options: HopperOptions) -> TensorDescriptor:
+    """Boxes of rows of one head; what lies outside reads as 0."""
+    return TensorDescriptor.from_tensor(x.flatten(0, 1), [1, rows, options.block_d], _LAYOUT)

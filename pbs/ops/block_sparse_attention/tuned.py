@@ -1,0 +1,70 @@
+"""Launch options measured on a machine, kept on disk: ``python -m experiments.tune``.
+
+Nothing is measured in the middle of a run: the same table gives the same rounding every time, and
+without a table the options are the packaged ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+VARIABLE = "PBS_LAUNCH_OPTIONS"
+
+Options = TypeVar("Options", bound=tuple[Any, ...])
+
+
+def table_path() -> Path:
+    """Where the table lies: what PBS_LAUNCH_OPTIONS names, else in the user's cache folder."""
+    named = os.environ.get(VARIABLE)
+    if named:
+        return Path(named)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "pbs" / "launch_options.json"
+
+
+def key_of(kernel: str, shape: dict[str, Any]) -> str:
+    """What a measurement is good for: device, compiler, kernel and shape."""
+    import triton
+
+    sizes = "/".join(f"{name}={shape[name]}" for name in sorted(shape) if name != "capability")
+    return f"{torch.cuda.get_device_name()} | Triton {triton.__version__} | {kernel} {sizes}"
+
+
+def tuned(kernel: str, shape: dict[str, Any], default: Options) -> Options:
+    """The measured options, or the default where nothing was measured.
+
+    Args:
+        kernel: name of the kernel.
+        shape: what the default was chosen by.
+        default: a named tuple; its fields are the table's.
+
+    Raises:
+        ValueError: the table has options this version does not know.
+    """
+    if not torch.cuda.is_available():
+        return default
+    entry = read_table(table_path()).get(key_of(kernel, shape))
+    if entry is None:
+        return default
+    try:
+        return type(default)(**entry)
+    except TypeError as error:
+        raise ValueError(
+            f"{table_path()} has launch options of another version ({error}); delete it or run "
+            "python -m experiments.tune again"
+        ) from error
+
+
+@lru_cache(maxsize=4)
+def read_table(path: Path) -> dict[str, dict[str, Any]]:
+    """All entries by key; empty if there is no table. Read once per process."""
+    if not path.exists():
+        return {}
+    table: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return table
