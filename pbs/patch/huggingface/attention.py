@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from pbs import compiled
 from pbs.methods import AttentionMethod, build_method
 from pbs.methods.base import CallRecord
 from pbs.ops.dense import dense_attention, dense_decode
@@ -66,7 +67,6 @@ class _Special:
         return ", ".join(reasons)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -107,6 +107,74 @@ def attention_forward(
         NotImplementedError: the layer asks for something this function does not compute.
         ValueError: the mask does not fit the queries and keys.
     """
+    settings = (scaling, dropout, sliding_window, softcap, s_aux, position_ids, is_causal)
+    if torch.compiler.is_compiling() and attention_mask is None:
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        _refuse_unsupported(module, query, dropout, is_causal, kwargs)
+        handle = compiled.handle_of(module)
+        return patched_attention(query, key, value, handle, *settings[:1], *settings[2:]), None
+    return _attend(module, query, key, value, attention_mask, *settings, kwargs)
+
+
+@torch.library.custom_op("pbs::patched_attention", mutates_args=())
+def patched_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    module: int,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    position_ids: Tensor | None,
+    is_causal: bool | None,
+) -> Tensor:
+    """:func:`attention_forward` without a mask as an operator, for compiled models.
+
+    Args:
+        query: as there, like all but ``module``.
+        key: as there.
+        value: as there.
+        module: :func:`pbs.compiled.handle_of` the attention layer.
+        scaling: as there.
+        sliding_window: as there.
+        softcap: as there.
+        s_aux: as there.
+        position_ids: as there.
+        is_causal: as there.
+
+    Returns:
+        ``[Z, Nq, Hq, Dv]``, contiguous.
+    """
+    owner = compiled.owner_of(module)
+    settings = (scaling, 0.0, sliding_window, softcap, s_aux, position_ids, is_causal)
+    return _attend(owner, query, key, value, None, *settings, {})[0]
+
+
+@patched_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:  # noqa: ARG001
+    batch, num_heads, num_queries, _head_dim = query.shape
+    return query.new_empty(batch, num_queries, num_heads, value.shape[3])
+
+
+# Padded batches: how the mask is laid out is read back, once per forward, which no graph holds.
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    position_ids: Tensor | None,
+    is_causal: bool | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """See :func:`attention_forward`."""
     layer = getattr(module, LAYER_ATTRIBUTE, None) or _unpatched_layer()
     layer_idx = getattr(module, "layer_idx", None)
     if is_causal is None or query.shape[2] == 1 or isinstance(attention_mask, PaddingMask):

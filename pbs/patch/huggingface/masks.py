@@ -88,6 +88,9 @@ _KEEPS_VALUES = {
 }
 
 
+# It looks into mask functions and at padding, which no graph holds: a compiled model has one break
+# here per forward, before its layers.
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def padding_mask(
     batch_size: int,
     *,
@@ -128,6 +131,8 @@ def padding_mask(
         )
     query_offset = int(query_position) - kv_offset
     num_written = query_offset + num_queries
+    if attention_mask is None and num_written == kv_length and (window or kv_length) >= kv_length:
+        return None
     mask = _cut(attention_mask, batch_size, kv_length, kv_offset, device)
     if num_written < kv_length:
         mask = mask & (torch.arange(kv_length, device=mask.device) < num_written)
@@ -217,6 +222,9 @@ def _sliding_window_of(mask_function: Callable[..., Any]) -> int | None:
 
 def _conjuncts(mask_function: Callable[..., Any]) -> list[Callable[..., Any]]:
     """The predicates that all have to hold."""
+    if _factory_name(mask_function) == "remap_positions_for_packed_sequence":
+        # A compiled model adds it to the packing predicate, even when nothing is packed.
+        return _conjuncts(_captured(mask_function)["mask_function"])
     if _factory_name(mask_function) != "and_masks":
         return [mask_function]
     parts = _captured(mask_function)["mask_functions"]
