@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu check format lint type kernels bench bench-gpu readme clean
+.PHONY: help setup demo test test-gpu check format lint type kernels bench bench-gpu notebooks report leaderboard readme golden audit clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -42,8 +42,20 @@ lint: $(VENV)/.dev ## Check format and style
 type: $(VENV)/.dev ## Check the types of the library
 	$(BIN)/mypy
 
+notebooks: $(VENV)/.dev ## Execute the notebooks on outputs/, as HTML in outputs/notebooks
+	$(BIN)/python -m nbconvert --to html --execute --output-dir outputs/notebooks notebooks/*.ipynb
+
+report: $(VENV)/.core ## Write outputs/report: one HTML page and Markdown over all runs
+	$(BIN)/python -m experiments.report --outputs outputs --out outputs/report
+
+leaderboard: $(VENV)/.core ## Write outputs/leaderboard.csv, each run checked against its samples
+	$(BIN)/python -m experiments.leaderboard --outputs outputs --out outputs/leaderboard.csv
+
 readme: $(VENV)/.core ## Write the README's result tables from results
 	$(BIN)/python -m experiments.readme
+
+golden: $(VENV)/.dev ## Write tests/golden/needle.json anew, after a change meant to move numbers
+	$(BIN)/python -m tests.golden.update
 
 kernels: $(VENV)/.core ## Compile every Triton kernel for sm_80, sm_90 and sm_100 and check it
 	$(BIN)/python -m experiments.kernel_report
@@ -53,6 +65,9 @@ bench: $(VENV)/.core ## Gate, then attention beside PyTorch's SDPA on this CPU (
 
 bench-gpu: $(VENV)/.core ## All numbers that need a GPU, in nine minutes
 	$(BIN)/python -m experiments.bench_gpu --out outputs/bench_gpu
+
+audit: $(VENV)/.dev ## Look installed packages up among known vulnerabilities (needs pypi.org)
+	$(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install --quiet pip-audit && $(VENV)/audit/bin/pip-audit --skip-editable --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 clean: ## Remove .venv and caches, keep outputs
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info

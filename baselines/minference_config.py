@@ -121,4 +121,6 @@ def _short(value: object) -> str:
 
 def _kind(value: object) -> str:
     """What was found instead, for error messages."""
+    if value is None:
+        return "null"
     return f"an empty {type(value).__name__}" if not value else f"a {type(value).__name__}"

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from experiments.bench import Bench, Context
-from experiments.store import Record
-from experiments.timing_report import draw_speed_up, lines_of, summarise_times, write_times
+from experiments.store import Record, RunStore
+from experiments.timing_report import (
+    draw_speed_up,
+    failures_of,
+    lines_of,
+    summarise_times,
+    write_times,
+)
 from pbs.registry import unknown
 
 if TYPE_CHECKING:
-    from experiments.attention_timing import Cell, Inputs
+    from experiments.attention_inputs import Cell, Inputs
 
 logger = logging.getLogger(__name__)
 
-# "model" takes q, k and v of a layer of the run's model on generated tokens.
+DEFAULT_SHAPE = "32/8/128"
+# "model" takes q, k and v of a layer of the run's model.
 STRUCTURES = ("random", "vertical", "slash", "mixed", "model")
 
 
@@ -32,8 +40,10 @@ class AttentionBench(Bench):
 
     Args:
         lengths: queries and keys.
-        shapes: heads as Hq/Hkv/D.
+        shapes: heads as Hq/Hkv/D; default 32/8/128, those of Llama-3.1-8B, or the model's own for
+            structure "model".
         structure: of the inputs: "random", "vertical", "slash", "mixed" or "model".
+        sharpness: factor of drawn queries: the larger, the fewer tiles methods select themselves.
         densities: null: what the method selects itself; a list: the method pays for its order and
             selection and then computes random tiles at each of these exact densities.
         densities_by_length: the list has one density per length instead.
@@ -45,13 +55,17 @@ class AttentionBench(Bench):
         max_rounds: calls of each variant at most.
         coverage_rows: queries to measure coverage on; 0 leaves it out.
         layer: for structure "model".
+        text: for structure "model": "needle" (questions of that bench, at most ``lengths`` long),
+            "generated" (random tokens), or a file with text.
     """
 
     needs_model: ClassVar[bool] = False
+    times_dense: ClassVar[bool] = True
 
     lengths: list[int] = field(default_factory=lambda: [4096, 8192, 16384])
-    shapes: list[str] = field(default_factory=lambda: ["32/8/128"])
+    shapes: list[str] | None = None
     structure: str = "mixed"
+    sharpness: float = 1.0
     densities: list[float] | None = None
     densities_by_length: bool = False
     dense: list[str] | None = None
@@ -62,11 +76,16 @@ class AttentionBench(Bench):
     max_rounds: int = 50
     coverage_rows: int = 64
     layer: int = 0
+    text: str = "needle"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.structure not in STRUCTURES:
             raise ValueError(unknown("structure of bench attention:", self.structure, STRUCTURES))
+        if self.shapes == []:
+            raise ValueError("bench.shapes must name heads such as [32/8/128], or be null")
+        if not 0 < self.sharpness < math.inf:
+            raise ValueError(f"bench.sharpness must be a positive number, got {self.sharpness}")
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"bench.lengths must be positive numbers, got {self.lengths}")
         if self.densities_by_length and len(self.densities or ()) != len(self.lengths):
@@ -74,13 +93,20 @@ class AttentionBench(Bench):
                 "bench.densities_by_length needs one density per length, got "
                 f"{self.densities} for {self.lengths}"
             )
+        if self.coverage_rows < 0:
+            raise ValueError(f"bench.coverage_rows must be at least 0, got {self.coverage_rows}")
         if any(not 0 < density <= 1 for density in self.densities or ()):
             raise ValueError(f"bench.densities must lie in (0, 1], got {self.densities}")
 
-    def grid(self) -> list[tuple[str, int, float | None]]:
+    @classmethod
+    def uses_model(cls, settings: Mapping[str, Any]) -> bool:
+        """See the base class: only inputs captured from a model depend on it."""
+        return settings.get("structure") == "model"
+
+    def grid(self, shapes: Sequence[str]) -> list[tuple[str, int, float | None]]:
         """Shape, length and density of every cell, short ones first."""
         cells = []
-        for shape in self.shapes:
+        for shape in shapes:
             for index, length in enumerate(self.lengths):
                 densities: Sequence[float | None] = self.densities or [None]
                 if self.densities_by_length:
@@ -90,25 +116,32 @@ class AttentionBench(Bench):
 
     def run(self, context: Context) -> None:
         """See the base class."""
-        import torch
 
         from experiments.attention_timing import measure_cell
         from experiments.compare import describe
         from experiments.dense_kernels import dense_kernels
+        from experiments.models import resolve_device
         from experiments.timing import Effort, measure_rates
 
-        device = torch.device(_device(self.device))
+        device = resolve_device(self.device, "bench.device")
         dtype = _dtype(self.dtype, device.type)
         rates = measure_rates(device, dtype)
         kernels = dense_kernels(device, self.dense)
         effort = Effort(self.seconds, self.min_rounds, self.max_rounds)
         label = describe(context.cfg.method)
-        grid = self.grid()
+        capture = self._capturer(context) if self.structure == "model" else None
+        shapes = self.shapes or [DEFAULT_SHAPE]
+        if capture is not None:
+            shapes = [self._shape_of(capture(self.lengths[0]))]
+        grid = self.grid(shapes)
         context.announce(len(grid))
         for shape, length, density in grid:
             name = f"{shape}-N{length}-{'own' if density is None else f'{density:.4f}'}"
             if name in context.done:
                 continue
+            inputs = None if capture is None else capture(length)
+            if inputs is not None:
+                length = inputs[0].shape[2]
             cell = self._cell(shape, length, density, dtype, device, context.cfg.seed)
             started = time.perf_counter()
             record = measure_cell(
@@ -117,12 +150,13 @@ class AttentionBench(Bench):
                 kernels,
                 effort=effort,
                 rates=rates,
-                inputs=self._captured(context, length),
+                inputs=None if inputs is None else [inputs],
                 coverage_rows=self.coverage_rows,
             )
             record["rates"] = rates.name
             record["seconds"] = time.perf_counter() - started
             context.add({"sample_id": name, **record})
+        self.failures = failures_of(RunStore(context.folder).samples())
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
         """See the base class; with the break-even length over every dense kernel."""
@@ -130,8 +164,6 @@ class AttentionBench(Bench):
 
     def draw(self, context: Context) -> list[Path]:
         """Speed-up against length; the table goes to the log and to ``times.csv``."""
-        from experiments.store import RunStore
-
         records = RunStore(context.folder).samples()
         write_times(records, context.folder / "times.csv")
         for line in lines_of(records):
@@ -141,39 +173,41 @@ class AttentionBench(Bench):
     def _cell(
         self, shape: str, length: int, density: float | None, dtype: Any, device: Any, seed: int
     ) -> Cell:
-        from experiments.attention_timing import Cell
+        from experiments.attention_inputs import Cell
         from experiments.cost_model import Shape
 
         heads = Shape.parse(shape, element_size=dtype.itemsize)
-        return Cell(heads, length, dtype, device, self.structure, density, seed)
+        return Cell(heads, length, dtype, device, self.structure, density, seed, self.sharpness)
 
-    def _captured(self, context: Context, length: int) -> list[Inputs] | None:
-        """Inputs from the run's model, for structure "model"."""
-        if self.structure != "model":
-            return None
-        from experiments.models import load_model
-        from experiments.prefill_timing import capture_inputs
-        from experiments.random_weights import random_ids
+    def _capturer(self, context: Context) -> Callable[[int], Inputs]:
+        """What takes q, k and v of a length from the run's model."""
+        from experiments.captured_inputs import capture_inputs
+        from experiments.coverage_texts import make_prompts
+        from experiments.models import load_model, resolve_device
 
         model = load_model(context.cfg.model)
-        vocab = model.model.config.get_text_config().vocab_size
-        ids = random_ids(vocab, length, device=model.device, seed=context.cfg.seed)
-        inputs = capture_inputs(model.model, ids, layer=self.layer)
-        captured = f"{inputs[0].shape[1]}/{inputs[1].shape[1]}/{inputs[0].shape[3]}"
-        if self.shapes != [captured]:
+        device = resolve_device(self.device, "bench.device")
+        dtype = _dtype(self.dtype, device.type)
+        seed = context.cfg.seed
+
+        def capture(length: int) -> Inputs:
+            (prompt,) = make_prompts(self.text, model, lengths=[length], num_prompts=1, seed=seed)
+            inputs = capture_inputs(model.model, prompt.ids, layer=self.layer)
+            q, k, v = (x.to(device=device, dtype=dtype) for x in inputs)
+            return q, k, v
+
+        return capture
+
+    def _shape_of(self, inputs: Inputs) -> str:
+        """Heads of captured inputs."""
+        q, k, _ = inputs
+        shape = f"{q.shape[1]}/{k.shape[1]}/{q.shape[3]}"
+        if self.shapes not in (None, [shape]):
             raise ValueError(
-                f"structure=model has the model's own heads: add bench.shapes=[{captured}]"
+                f"bench.structure=model has the model's own heads, {shape}, got bench.shapes="
+                f"[{','.join(self.shapes)}]; leave bench.shapes out"
             )
-        dtype = _dtype(self.dtype, model.device.type)
-        return [tuple(x.to(device=_device(self.device), dtype=dtype) for x in inputs)]
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
+        return shape
 
 
 def _dtype(name: str, device_type: str) -> Any:

@@ -10,137 +10,43 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
+from experiments.attention_inputs import Cell, Inputs, Record, draw_sets
+from experiments.attention_ratios import add_ratios
 from experiments.controlled_density import ControlledDensity
-from experiments.cost_model import Rates, Shape, Work, dense_flops, floor_ms, method_cost
+from experiments.cost_model import Rates, attention_memory
+from experiments.counted_methods import counted_settings, least_density
 from experiments.coverage import measure_coverage, sample_rows
 from experiments.dense_kernels import DenseKernel
+from experiments.device_memory import (
+    PeakMemory,
+    device_bytes,
+    is_out_of_memory,
+    peak_memory,
+    poisoned_memory,
+    release_memory,
+)
 from experiments.exact_rows import RowCheck, check_rows
+from experiments.length_plan import lack_of_memory
 from experiments.timing import (
     LONG_ROUND,
     VARIANT_ERRORS,
     Effort,
     Failure,
-    PeakMemory,
     Stopwatch,
     Timing,
-    is_out_of_memory,
-    peak_memory,
-    poisoned_memory,
-    release_memory,
+    hold_device,
     run_in_stages,
     time_interleaved,
 )
 from pbs.methods.base import AttentionMethod
 from pbs.ops.plan import AttentionPlan
-from pbs.testing import make_qkv
 
 logger = logging.getLogger(__name__)
 
-Record = dict[str, Any]
-Inputs = tuple[Tensor, Tensor, Tensor]
-
 STAGES = ("order", "selection", "gather", "attention")
-# Elements of q up to which all heads are drawn; above it one group is, the others are its turns.
-MAX_DRAWN = 1 << 23
-# Class of a method to its name in the cost model.
-COUNTED = {
-    "PBS": "pbs",
-    "PBSPlus": "pbs_plus",
-    "MeanPooling": "meanpool",
-    "XAttention": "xattention",
-    "FlexPrefill": "flexprefill",
-    "Prism": "prism",
-    "MInference": "minference",
-    "StreamingLLM": "streaming",
-}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What is measured.
-
-    Args:
-        shape: heads.
-        length: N, queries and keys.
-        dtype: of q, k, v.
-        device: where.
-        structure: of the inputs: "random", "vertical", "slash" or "mixed".
-        density: share of the tiles that every method computes; None: what it selects itself.
-        seed: of inputs and tiles.
-    """
-
-    shape: Shape
-    length: int
-    dtype: torch.dtype
-    device: torch.device
-    structure: str = "mixed"
-    density: float | None = None
-    seed: int = 0
-
-    @property
-    def scale(self) -> float:
-        """Factor of the logits."""
-        return float(self.shape.head_dim**-0.5)
-
-    def describe(self) -> Record:
-        """The columns that name the cell."""
-        return {
-            "length": self.length,
-            "q_heads": self.shape.q_heads,
-            "kv_heads": self.shape.kv_heads,
-            "head_dim": self.shape.head_dim,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "structure": self.structure,
-            "target_density": self.density,
-        }
-
-
-def draw_inputs(cell: Cell, *, num_sets: int = 1) -> list[Inputs]:
-    """Sets of q, k and v of a cell.
-
-    Noise is drawn on the device. Up to ``MAX_DRAWN`` elements of q, other structures are
-    :func:`pbs.testing.make_qkv`'s. Above, that draws the heads of one key/value group, and groups
-    and sets are turned copies of it (dimensions permuted and signs flipped, alike in q and k: same
-    attention, other numbers) with values of their own.
-    """
-    shape = cell.shape
-    seeds = [cell.seed + 1000 * index for index in range(num_sets)]
-    if cell.structure == "random":
-        return [_noise(cell, seed) for seed in seeds]
-    options: dict[str, Any] = {
-        "structure": cell.structure,
-        "dtype": cell.dtype,
-        "device": cell.device,
-    }
-    sizes = cell.length, shape.head_dim
-    if shape.q_heads * shape.head_dim * cell.length <= MAX_DRAWN:
-        drawn = [
-            make_qkv(1, shape.q_heads, shape.kv_heads, *sizes, seed=seed, **options)
-            for seed in seeds
-        ]
-        return [(one.q, one.k, one.v) for one in drawn]
-    one = make_qkv(1, shape.q_heads // shape.kv_heads, 1, *sizes, seed=cell.seed, **options)
-    return [_turned(one.q, one.k, cell, seed) for seed in seeds]
-
-
-def _turned(q: Tensor, k: Tensor, cell: Cell, seed: int) -> Inputs:
-    """All heads from those of one group."""
-    inputs = _empty(cell)
-    groups = q.shape[1]
-    generator = torch.Generator().manual_seed(seed)
-    for head in range(cell.shape.kv_heads):
-        dims = torch.randperm(cell.shape.head_dim, generator=generator).to(cell.device)
-        signs = torch.randint(0, 2, (cell.shape.head_dim,), generator=generator) * 2 - 1
-        signs = signs.to(device=cell.device, dtype=cell.dtype)
-        inputs[0][:, head * groups : (head + 1) * groups] = q[..., dims] * signs
-        inputs[1][:, head : head + 1] = k[..., dims] * signs
-    inputs[2].normal_(generator=torch.Generator(cell.device).manual_seed(seed))
-    return inputs
 
 
 def measure_cell(
@@ -155,6 +61,7 @@ def measure_cell(
     check_heads: int = 4,
     num_input_sets: int = 2,
     stage_rounds: int = 5,
+    memory: float | None = None,
 ) -> Record:
     """Check, then time, one cell; what fails is in the record as such.
 
@@ -169,6 +76,7 @@ def measure_cell(
         check_heads: query heads whose rows are checked.
         num_input_sets: sets to draw; fewer where they would not fit.
         stage_rounds: calls of each method that are taken apart into stages; 0 leaves them out.
+        memory: bytes the device has; what needs more is not tried. Default: as the system says.
 
     Returns:
         ``Cell.describe`` and "dense" and "methods": by name, times with all samples, error,
@@ -181,8 +89,13 @@ def measure_cell(
             label: ControlledDensity(method=method, target_density=cell.density, seed=cell.seed)
             for label, method in methods.items()
         }
+    memory = device_bytes(cell.device) if memory is None else memory
+    lack = lack_of_memory(attention_memory("flash", cell.shape, cell.length), memory)
+    if lack is not None:
+        failure = Failure("does not fit", lack)
+        return {**record, "failure": failure.to_dict(), "dense": {}, "methods": {}}
     try:
-        sets = list(inputs) if inputs is not None else _draw_sets(cell, num_input_sets)
+        sets = list(inputs) if inputs is not None else draw_sets(cell, num_input_sets)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -193,14 +106,23 @@ def measure_cell(
     for label, method in methods.items():
         runs[f"method {label}"] = _Variant(_calls_method(method, cell), method)
     heads = _spread(cell.shape.q_heads, check_heads)
-    facts = {name: _examine(run, cell, sets[0], heads, coverage_rows) for name, run in runs.items()}
+    facts: dict[str, Record | Failure] = {}
+    for name, run in runs.items():
+        lack = _lack(run.method, cell, memory)
+        facts[name] = (
+            Failure("does not fit", lack)
+            if lack is not None
+            else _examine(run, cell, sets[0], heads, coverage_rows)
+        )
     timed = {
         name: _takes_turns(run.call, sets)
         for name, run in runs.items()
         if not isinstance(facts[name], Failure)
     }
     expected = sum(f["first_ms"] for f in facts.values() if not isinstance(f, Failure)) / 1e3
-    times = time_interleaved(timed, device=cell.device, effort=effort, seconds_per_round=expected)
+    times = time_interleaved(
+        timed, device=cell.device, effort=effort, seconds_per_round=expected, holds=True
+    )
     for kind in ("dense", "methods"):
         record[kind] = {}
     for name in runs:
@@ -213,7 +135,7 @@ def measure_cell(
         entry = record["methods"][label]
         if stage_rounds and entry["median_ms"] is not None and not entry["dense_reason"]:
             entry |= _stages(method, sets, cell, stage_rounds)
-    _derive(record, cell, methods, rates)
+    add_ratios(record, cell, methods, rates)
     del sets
     release_memory()
     return record
@@ -252,7 +174,7 @@ def _examine(
     try:
         if run.method is not None:
             run.method.recorder = lambda call: plans.append(call.plan)
-        out, first_ms, peak = _call_once(run, cell, inputs, poisons=True)
+        out, first_ms, host_ms, peak = _call_once(run, cell, inputs, poisons=True)
         plan = plans[0] if plans else None
         check = check_rows(out, *inputs, plan, scale=cell.scale, heads=heads, seed=cell.seed)
         del out
@@ -267,10 +189,10 @@ def _examine(
             run.method.recorder = None
         if first_ms < 1e3 * LONG_ROUND:
             # The first call also compiled, and may have tuned on copies of its arguments.
-            _, first_ms, peak = _call_once(run, cell, inputs)
-        found |= {"peak_bytes": peak, "first_ms": first_ms}
+            _, first_ms, host_ms, peak = _call_once(run, cell, inputs)
+        found |= {"peak_bytes": peak, "first_ms": first_ms, "host_ms": host_ms}
     except VARIANT_ERRORS as error:
-        failure = Failure.of(error, _kind_of(error, run))
+        failure = Failure.of_variant(error, is_dense=run.method is None)
         if failure.kind == "error":
             logger.warning("a variant failed and gets no time: %s", error, exc_info=True)
     finally:
@@ -283,25 +205,33 @@ def _examine(
     return found
 
 
-def _kind_of(error: Exception, run: _Variant) -> str:
-    """What a failure is to be called; a dense kernel says by any of them that it does not fit."""
-    if is_out_of_memory(error):
-        return "out of memory"
-    is_refusal = run.method is None or isinstance(error, NotImplementedError)
-    return "unavailable" if is_refusal else "error"
+def _lack(method: AttentionMethod | None, cell: Cell, memory: float | None) -> str | None:
+    """Why a variant cannot fit, if that is known before it is tried."""
+    settings = None if method is None else counted_settings(method)
+    if method is None or settings is None:
+        return None
+    needed = attention_memory(
+        settings["method"],
+        cell.shape,
+        cell.length,
+        density=least_density(method),
+        block_size=settings["block_size"],
+        shared_order=settings["shared_order"],
+    )
+    return lack_of_memory(needed, memory)
 
 
 def _call_once(
     run: _Variant, cell: Cell, inputs: Inputs, *, poisons: bool = False
-) -> tuple[Tensor, float, int | None]:
-    """Output, milliseconds and extra memory (the output included) of one call."""
+) -> tuple[Tensor, float, float, int | None]:
+    """Output, milliseconds, the host's, and extra memory (the output included) of one call."""
     outputs: list[Tensor] = []
-    stopwatch = Stopwatch(cell.device)
+    stopwatch = Stopwatch(cell.device, holds=True)
     peak: PeakMemory
     poison = poisoned_memory(cell.device, inputs[0].nbytes) if poisons else nullcontext()
     with peak_memory(cell.device) as peak, poison:
         elapsed = stopwatch(lambda: outputs.append(run.call(*inputs)))
-    return outputs[0], elapsed, peak.num_bytes
+    return outputs[0], elapsed, stopwatch.host_ms, peak.num_bytes
 
 
 def _describe_check(check: RowCheck) -> Record:
@@ -338,6 +268,7 @@ def _stages(method: AttentionMethod, sets: Sequence[Inputs], cell: Cell, num_rou
     for index in range(num_rounds):
         q, k, v = sets[index % len(sets)]
         stopwatch(lambda: None)  # empties the cache, as before timed calls
+        hold_device(cell.device)
         for name, value in run_in_stages(method, q, k, v, scale=cell.scale).items():
             samples.setdefault(name, []).append(value)
     medians = {name: Timing(tuple(values)).median_ms for name, values in samples.items()}
@@ -346,84 +277,6 @@ def _stages(method: AttentionMethod, sets: Sequence[Inputs], cell: Cell, num_rou
         | {name: value for name, value in medians.items() if name not in STAGES},
         "stage_samples_ms": samples,
     }
-
-
-def _derive(
-    record: Record, cell: Cell, methods: Mapping[str, AttentionMethod], rates: Rates | None
-) -> None:
-    """What follows from times and counts: TFLOP/s, speed-ups, shares, floors."""
-    flops = dense_flops(cell.shape, cell.length)
-    known = {name: e for name, e in record["dense"].items() if e["median_ms"] is not None}
-    for name, entry in known.items():
-        entry["tflops"] = flops / entry["median_ms"] / 1e9
-        if rates is not None:
-            work = method_cost("flash", cell.shape, cell.length)
-            entry["floor_ms"] = floor_ms(work, rates)
-        entry["is_fastest"] = name == min(known, key=lambda n: known[n]["median_ms"])
-    fastest = next((name for name, entry in known.items() if entry["is_fastest"]), None)
-    record["fastest_dense"] = fastest
-    record["input_bytes"] = cell.shape.input_bytes(cell.length)
-    for label, entry in record["methods"].items():
-        if entry["median_ms"] is None:
-            continue
-        entry["speed_up"] = {
-            name: dense["median_ms"] / entry["median_ms"] for name, dense in known.items()
-        }
-        entry["speed_up_over_fastest"] = entry["speed_up"].get(fastest) if fastest else None
-        if entry.get("peak_bytes") is not None:
-            entry["peak_over_inputs"] = entry["peak_bytes"] / record["input_bytes"]
-        if "stages_ms" in entry and entry["stages_ms"]["attention"] > 0:
-            tflops = entry["density"] * flops / entry["stages_ms"]["attention"] / 1e9
-            entry["attention_tflops"] = tflops
-            if fastest:
-                entry["share_of_dense_tflops"] = tflops / known[fastest]["tflops"]
-            overhead = sum(entry["stages_ms"].values()) - entry["stages_ms"]["attention"]
-            entry["overhead_share"] = overhead / sum(entry["stages_ms"].values())
-        work = _cost_of(methods[label], cell, entry)
-        if rates is not None and work is not None:
-            entry["floor_ms"] = floor_ms(work, rates)
-            entry["stage_floors_ms"] = {name: w.floor_ms(rates) for name, w in work.items()}
-
-
-def _cost_of(method: AttentionMethod, cell: Cell, entry: Record) -> Mapping[str, Work] | None:
-    """The cost model's stages of a method, from its own parameters; None without a count."""
-    inner = method.method if isinstance(method, ControlledDensity) else method
-    name = "flash" if entry["dense_reason"] else COUNTED.get(type(inner).__name__)
-    if name is None:
-        return None
-    return method_cost(
-        name,
-        cell.shape,
-        cell.length,
-        density=1.0 if entry["dense_reason"] else entry["density"],
-        block_size=getattr(inner, "block_size", 128),
-        shared_order=getattr(inner, "gqa", "") == "shared",
-        stride=getattr(inner, "stride", 8),
-    )
-
-
-def _draw_sets(cell: Cell, count: int) -> list[Inputs]:
-    """Sets of inputs, as many as a quarter of the free memory holds, at least one."""
-    if cell.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(cell.device)
-        count = min(count, int(0.25 * free / cell.shape.input_bytes(cell.length)))
-    return draw_inputs(cell, num_sets=max(1, count))
-
-
-def _noise(cell: Cell, seed: int) -> Inputs:
-    """Unit noise drawn on the device."""
-    generator = torch.Generator(cell.device).manual_seed(seed)
-    q, k, v = _empty(cell)
-    return tuple(x.normal_(generator=generator) for x in (q, k, v))  # type: ignore[return-value]
-
-
-def _empty(cell: Cell) -> Inputs:
-    shape = cell.shape
-    sizes = (shape.q_heads, shape.kv_heads, shape.kv_heads)
-    return tuple(  # type: ignore[return-value]
-        torch.empty(1, h, cell.length, shape.head_dim, dtype=cell.dtype, device=cell.device)
-        for h in sizes
-    )
 
 
 def _spread(count: int, chosen: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,6 +25,7 @@ BENCHES = Registry(
     {
         "needle": "experiments.needle:NeedleBench",
         "attention": "experiments.attention_bench:AttentionBench",
+        "coverage": "experiments.coverage_bench:CoverageBench",
         "ttft": "experiments.ttft_bench:TtftBench",
         "longbench": "experiments.opencompass.longbench:LongBench",
         "longbench_v2": "experiments.opencompass.longbench_v2:LongBenchV2",
@@ -65,6 +66,8 @@ class Bench(ABC):
     """
 
     needs_model: ClassVar[bool] = True
+    # Whether every cell times dense attention beside the method: no dense run is needed then.
+    times_dense: ClassVar[bool] = False
 
     limit: int | None = None
     # Parts that failed in this run while others went on: the run has failed, with results.
@@ -79,6 +82,15 @@ class Bench(ABC):
     def is_partial(self) -> bool:
         """Whether the result stands for less than the whole bench."""
         return self.limit is not None
+
+    @classmethod
+    def uses_model(cls, settings: Mapping[str, Any]) -> bool:  # noqa: ARG003 - see the subclasses
+        """Whether results depend on the run's model, which their folder is then named after.
+
+        Args:
+            settings: the bench's name and parameters.
+        """
+        return cls.needs_model
 
     def prepare(self, cfg: RunConfig) -> None:  # noqa: B027 - most benches check nothing
         """Check what can be checked before a model is loaded; may raise ConfigError."""
@@ -142,4 +154,9 @@ class Bench(ABC):
 
     def draw(self, context: Context) -> list[Path]:  # noqa: ARG002 - most benches draw nothing
         """Pictures of this run, in its folder."""
+        return []
+
+    @classmethod
+    def draw_together(cls, folders: Sequence[Path], folder: Path) -> list[Path]:  # noqa: ARG003
+        """Pictures over several finished runs on the same samples, in the folder of their group."""
         return []

@@ -10,19 +10,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from experiments.attention_timing import Cell, measure_cell
-from experiments.bench_gpu import Plan, Run, gate_lines, run_gate
-from experiments.cost_model import Shape
+from experiments.attention_inputs import Cell, Record
+from experiments.attention_timing import measure_cell
+from experiments.bench_parts import gate_lines, run_gate
+from experiments.bench_run import Plan, Run
+from experiments.cost_model import Rates, Shape
 from experiments.dense_kernels import dense_kernels
 from experiments.timing import Effort
 from experiments.timing_report import lines_of
 from pbs.methods import build_method
-
-Record = dict[str, Any]
 
 # The target: this much faster than SDPA at this length and density, in the median of five calls.
 TARGET_LENGTH = 16384
@@ -33,7 +32,9 @@ TARGET_MEMORY = 1.5
 SHAPE = Shape(4, 4, 64, 4)
 
 
-def measure_target(length: int = TARGET_LENGTH, *, density: float = TARGET_DENSITY) -> Record:
+def measure_target(
+    length: int = TARGET_LENGTH, *, density: float = TARGET_DENSITY, rates: Rates | None = None
+) -> Record:
     """PBS, order and selection included, beside SDPA in this process; five calls of each."""
     cell = Cell(SHAPE, length, torch.float32, torch.device("cpu"), "mixed", density)
     return measure_cell(
@@ -41,6 +42,7 @@ def measure_target(length: int = TARGET_LENGTH, *, density: float = TARGET_DENSI
         {"pbs": build_method("pbs"), "pbs shared": build_method("pbs", gqa="shared")},
         dense_kernels("cpu"),
         effort=Effort(0.01, 5, 5),
+        rates=rates,
         coverage_rows=16,
         num_input_sets=1,
         stage_rounds=3,
@@ -88,12 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         records = []
         for length in lengths:
             record = run.attempt(
-                "attention", {"length": length}, lambda length=length: measure_target(length)
+                "attention",
+                {"length": length},
+                lambda length=length: measure_target(length, rates=run.rates),
             )
             records.append(record)
         for line in lines_of(records):
             _say(line)
-        if "failure" not in records[-1]:
+        if "failure" not in records[-1] and lengths[-1] == TARGET_LENGTH:
             for line in target_lines(records[-1]):
                 _say(line)
     wrong = run.wrong()

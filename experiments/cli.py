@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import CompactHydraException, MissingConfigException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from experiments.config import CONF, ConfigError, RunConfig, make_schema
-
-GROUPS = (
-    "model",
-    "method",
-    "order",
-    "selector",
-    "bench",
-    "match",
-    "runner",
-    "logger",
-    "experiment",
-    "debug",
-    "paths",
+from experiments.config import (
+    CONF,
+    ConfigError,
+    LoggerConfig,
+    PathsConfig,
+    RunConfig,
+    make_schema,
 )
+from experiments.credentials import hide, refuse_in_words
+from experiments.explain import GROUPS, explain
 
 HELP = """\
 Compares sparse prefill attention methods: a model, a method, a bench.
@@ -88,81 +80,125 @@ def explain_errors(run: Callable[[], Any]) -> int:
 
     HYDRA_FULL_ERROR=1 shows the traceback as well.
     """
-    # Hydra prints errors and exits by itself; with this variable it hands them to us.
-    CollectCells.folders.clear()
+    CollectCells.clear()
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    # Hydra prints errors and exits by itself; with this variable it hands them to us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv[1:] = _flags_first(sys.argv[1:])
     try:
+        refuse_in_words(sys.argv[1:])
         run()
-    except (CompactHydraException, OmegaConfBaseException, ValueError, OSError) as error:
+        status = 0
+        if CollectCells.folders:
+            from experiments.summary import report
+
+            status = report(
+                CollectCells.folders, figure=CollectCells.figure, tracking=CollectCells.tracking
+            )
+        elif CollectCells.is_empty_sweep:
+            raise ConfigError("the sweep has no cells: a list of values in it is empty")
+    except Exception as error:  # the edge of the program
         if wants_traceback:
             raise
-        sys.stderr.write(f"{explain(error)}\n")
-        return 1
-    if not CollectCells.folders:  # a command that shows settings and runs nothing
-        return 0
-    from experiments.summary import report
-
-    return report(CollectCells.folders)
+        sys.stderr.write(f"{hide(explain(error))}\n")
+        status = 1
+    for failure in CollectCells.failures:
+        sys.stderr.write(f"failed: {failure}\n")
+    return 1 if CollectCells.failures else status
 
 
 class CollectCells(Callback):
     """Notes the folders of all cells that ran, also those that another process ran.
 
     Hydra hands the results of a sweep's jobs to nobody, so each job leaves its folder's name in
-    the sweep's directory.
+    the sweep's directory. A job without a folder, because of a wrong setting or because nothing can
+    be written, leaves its error there, and the others go on.
     """
 
     folders: ClassVar[list[Path]] = []
+    failures: ClassVar[list[str]] = []
+    figure: ClassVar[str | None] = None
+    tracking: ClassVar[tuple[LoggerConfig, PathsConfig] | None] = None
+    is_empty_sweep: ClassVar[bool] = False
+    # Of jobs in the process of the command whose note could not be written.
+    _unwritten: ClassVar[list[str]] = []
+    _process: ClassVar[int | None] = None
+
+    @classmethod
+    def clear(cls) -> None:
+        """Forget the cells of an earlier command in this process."""
+        cls.folders.clear()
+        cls.failures.clear()
+        cls._unwritten.clear()
+        cls.figure = cls.tracking = None
+        cls.is_empty_sweep = False
+        cls._process = os.getpid()
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Remove the notes of an earlier sweep in a directory that a user has chosen."""
+        for note in _notes(config):
+            note.unlink()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """In the process of the job."""
-        if config.hydra.mode == RunMode.MULTIRUN and job_return.status == JobStatus.COMPLETED:
-            note = Path(config.hydra.sweep.dir, "cells", f"{config.hydra.job.num:05d}.txt")
+        if config.hydra.mode != RunMode.MULTIRUN:
+            return
+        name = f"{config.hydra.job.num:05d}"
+        if job_return.status == JobStatus.COMPLETED:
+            suffix, text = "folder", job_return.return_value
+        else:
+            words = " ".join(config.hydra.overrides.task)
+            suffix, text = "error", hide(f"{words}: {explain(job_return._return_value)}")
+        note = Path(config.hydra.sweep.dir, "cells", f"{name}.{suffix}")
+        try:
             note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(job_return.return_value)
+            note.write_text(text, encoding="utf-8")
+        except OSError as error:
+            if self._process != os.getpid():  # nobody would know: the error ends the sweep
+                job_return.status, job_return.return_value = JobStatus.FAILED, error
+                return
+            self._unwritten.append(text if suffix == "error" else f"{text}: {explain(error)}")
+        # Hydra would end the sweep with the first error, before the table of the other cells.
+        job_return.status, job_return.return_value = JobStatus.COMPLETED, text
 
-    def on_run_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:  # noqa: ARG002
+    def on_run_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """One cell."""
         if job_return.status == JobStatus.COMPLETED:
+            self._note_settings(config)
             self.folders.append(Path(job_return.return_value))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """All cells of a sweep, in their order."""
-        notes = sorted(Path(config.hydra.sweep.dir, "cells").glob("*.txt"))
-        self.folders.extend(Path(note.read_text()) for note in notes)
+        for note in _notes(config):
+            text = note.read_text(encoding="utf-8")
+            if note.suffix == ".folder":
+                self.folders.append(Path(text))
+            else:
+                self.failures.append(text)
+        self.failures.extend(self._unwritten)
+        if self.folders:
+            self._note_settings(config)
+        type(self).is_empty_sweep = not self.folders and not self.failures
+
+    def _note_settings(self, config: DictConfig) -> None:
+        """What the command says about all its cells, whatever their folders' configs say."""
+        cls = type(self)
+        cls.figure = config.figure
+        logger, paths = (
+            OmegaConf.to_container(config[group], resolve=True) for group in ("logger", "paths")
+        )
+        cls.tracking = LoggerConfig(**logger), PathsConfig(**paths)
 
 
-def explain(error: Exception) -> str:
-    """What is wrong with a setting, what is valid, and what is nearest."""
-    from pbs.registry import unknown
+def _notes(config: DictConfig) -> list[Path]:
+    folder = Path(config.hydra.sweep.dir, "cells")
+    return sorted([*folder.glob("*.folder"), *folder.glob("*.error")])
 
-    if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        return unknown(f"option of group {group!r}:", option, error.options)
-    if isinstance(error, ConfigError):
-        return str(error)
-    if "Config group override must be a string" in str(error):
-        return "a group cannot be null: leave it out, or remove it with ~GROUP"
-    part = re.search(r"In '(order|selector)/(\w+)'.*object_type=(\w+)", str(error), re.DOTALL)
-    if part:
-        group, option, method = part.groups()
-        return f"{method} has no {group}: leave out {group}={option}, or choose a method with one"
-    cause = error.__cause__ or error
-    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.key is not None:
-        parent, _, key = str(cause.full_key or cause.key).rpartition(".")
-        node = cause.parent_node
-        valid = [str(name) for name in node] if isinstance(node, DictConfig) else []
-        if not parent:
-            valid = sorted({*GROUPS, *valid} - {"hydra"})
-        where = f" of {parent!r}" if parent else " or group"
-        if isinstance(node, DictConfig) and OmegaConf.select(node, "name"):
-            where += f" ({node.name})"
-        return unknown(f"key{where}:", key, valid)
-    if isinstance(cause, OmegaConfBaseException):
-        key = f"{cause.full_key}: " if cause.full_key else ""
-        return f"{key}{str(cause).splitlines()[0]}"
-    return str(error)
+
+def _flags_first(words: Sequence[str]) -> list[str]:
+    """The same words with -m in front: argparse reads no settings after a flag among them."""
+    flags = [word for word in words if word in ("-m", "--multirun")]
+    return [*flags[:1], *(word for word in words if word not in flags)]
 
 
 def _groups() -> str:

@@ -101,10 +101,15 @@ def _compare_scores(
 
 
 def config_of(folder: Path) -> RunConfig:
-    """The configuration of a run on disk."""
+    """The configuration of a run on disk; its outputs are where the folder lies now.
+
+    A results folder may have been moved, or be read from another working directory.
+    """
     import yaml
 
-    return RunConfig.from_dict(yaml.safe_load((folder / "config.yaml").read_text()))
+    cfg = RunConfig.from_dict(yaml.safe_load((folder / "config.yaml").read_text()))
+    cfg.paths.outputs = str(folder.parents[3])
+    return cfg
 
 
 def _answers(records: Sequence[Record]) -> dict[str, bool]:

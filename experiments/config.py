@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import types
 from collections.abc import Mapping
@@ -19,163 +20,44 @@ from typing import Any, Optional, Union, get_args, get_origin, get_type_hints
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+from experiments.credentials import refuse_in_settings
+from experiments.ranks import num_ranks
+from experiments.setting_checks import check_keys, check_numbers
+from experiments.setting_groups import (
+    ConfigError,
+    LoggerConfig,
+    MatchConfig,
+    ModelConfig,
+    PathsConfig,
+    RunnerConfig,
+    is_folder_name,
+)
+
+__all__ = [
+    "CONF",
+    "DENSE",
+    "FIGURES",
+    "ROOT",
+    "ConfigError",
+    "LoggerConfig",
+    "MatchConfig",
+    "ModelConfig",
+    "PathsConfig",
+    "RunConfig",
+    "RunnerConfig",
+    "checkpoint_digest",
+    "digest",
+    "make_schema",
+    "parameters",
+]
+
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
-MODES = ("offline", "online", "disabled")  # of W&B
-MATCHED = ("density", "coverage")
-RUNNERS = ("process", "local", "slurm")
-WEIGHTS = ("pretrained", "random")
+FIGURES = ("figure1", "figure5", "figure13", "table6")  # of the paper; experiments/paper_figures.py
 DENSE = "flash"  # the method that every other is compared with
-
-
-class ConfigError(ValueError):
-    """A setting is missing or wrong; the message says which and what to do."""
-
-
-@dataclass
-class ModelConfig:
-    """A causal language model.
-
-    Attributes:
-        name: folder name in the results; default: last part of ``path``.
-        path: local folder, or name on the hub. A relative folder may also be relative to the
-            project's root.
-        dtype: "auto" (as stored) or a dtype of torch ("bfloat16").
-        device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1"...
-        device_map: passed to transformers ("auto" spreads over GPUs); replaces ``device``.
-        max_length: longest prompt plus answer; default: what the model's own config says.
-        trust_remote_code: run Python code that comes with the checkpoint.
-        config: entries of the checkpoint's own config to change, such as its RoPE scaling.
-        tp: shard the model over the processes of ``torchrun`` (tensor parallelism).
-        weights: "pretrained", or "random": the architecture with weights drawn anew, for times.
-        architecture: folder with a config.json to draw random weights for; default: ``path``.
-        checkpoint: digest of a local checkpoint, filled in: another one under the same path is
-            another run.
-    """
-
-    name: str | None = None
-    path: str = MISSING
-    dtype: str = "auto"
-    device: str = "auto"
-    device_map: Any = None
-    max_length: int | None = None
-    trust_remote_code: bool = False
-    config: Any = None
-    tp: bool = False
-    weights: str = "pretrained"
-    architecture: str | None = None
-    checkpoint: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.weights not in WEIGHTS:
-            raise ConfigError(f"model.weights={self.weights}: expected {' or '.join(WEIGHTS)}")
-
-    @property
-    def source(self) -> str:
-        """Where the architecture, and the weights if they are not drawn, come from."""
-        is_drawn = self.weights == "random"
-        return self.architecture if is_drawn and self.architecture else self.path
-
-
-@dataclass
-class LoggerConfig:
-    """Tracking. Results are on disk first; this mirrors them.
-
-    Attributes:
-        name: "wandb".
-        mode: "offline", "online" or "disabled".
-        project: W&B project.
-        entity: W&B account or team; default: the account's own.
-    """
-
-    name: str = "wandb"
-    mode: str = "offline"
-    project: str = "pbs-attn"
-    entity: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ConfigError(f"logger.mode={self.mode}: expected one of {', '.join(MODES)}")
-
-
-@dataclass
-class PathsConfig:
-    """Where things are written.
-
-    Attributes:
-        outputs: root of all run folders.
-        wandb: W&B's own files go to a folder ``wandb`` in there.
-    """
-
-    outputs: str = "outputs"
-    wandb: str = "${paths.outputs}"
-
-
-@dataclass
-class MatchConfig:
-    """Sets the method's knob so that it meets a target on prompts that are not measured.
-
-    Attributes:
-        quantity: "density" or "coverage".
-        target: what to meet, in (0, 1). One number; several make a sweep of cells.
-        tolerance: how near is near enough.
-        lengths: of the held-out prompts; default: the bench's.
-        num_prompts: held-out prompts of each length.
-        max_steps: values of the knob to try at most.
-    """
-
-    quantity: str = "density"
-    target: Any = MISSING
-    tolerance: float = 0.005
-    lengths: Any = None
-    num_prompts: int = 5
-    max_steps: int = 16
-
-    def __post_init__(self) -> None:
-        if self.quantity not in MATCHED:
-            raise ConfigError(f"match.quantity={self.quantity}: expected {' or '.join(MATCHED)}")
-        if isinstance(self.target, str):  # "???", while Hydra composes
-            return
-        if isinstance(self.target, bool) or not isinstance(self.target, int | float):
-            raise ConfigError(
-                f"match.target must be one number in (0, 1), got {self.target}; each target is a "
-                "cell of its own: -m match.target=0.2,0.3"
-            )
-        if not 0 < self.target < 1:
-            raise ConfigError(f"match.target must lie in (0, 1), got {self.target}")
-        if not 0 < self.tolerance < 1 or self.num_prompts < 1 or self.max_steps < 2:
-            raise ConfigError(
-                "match.tolerance must lie in (0, 1), match.num_prompts be at least 1 and "
-                f"match.max_steps at least 2, got {self.tolerance}, {self.num_prompts} and "
-                f"{self.max_steps}"
-            )
-
-
-@dataclass
-class RunnerConfig:
-    """Where the parts of a bench run. Changes no result and is no part of a run's identity.
-
-    Attributes:
-        name: "process" (this one), or OpenCompass's "local" or "slurm": a process per part.
-        workers: parts at a time.
-        gpus: GPUs a part gets; default: one if there are any here.
-        partition: of Slurm.
-        options: further words of srun, such as "-c 12".
-        dry_run: only show what would be started.
-    """
-
-    name: str = "process"
-    workers: int = 8
-    gpus: int | None = None
-    partition: str | None = None
-    options: list[str] = field(default_factory=list)
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        if self.name not in RUNNERS:
-            raise ConfigError(f"runner.name={self.name}: expected one of {', '.join(RUNNERS)}")
-        if self.workers < 1:
-            raise ConfigError(f"runner.workers must be at least 1, got {self.workers}")
+# Files of a checkpoint that decide on its prompts: tokenizer, chat template, tokens that end it.
+TEXTS = (".json", ".jinja", ".model", ".txt")
+LARGEST_SEED = 2**32 - 1  # the most that every generator of numbers takes
 
 
 @dataclass
@@ -190,6 +72,7 @@ class RunConfig:
         paths: see :class:`PathsConfig`.
         runner: see :class:`RunnerConfig`.
         match: see :class:`MatchConfig`; None runs the method as it is.
+        figure: one of ``FIGURES``, drawn over all cells of the command; changes no result.
         seed: seed of everything random.
         check: run the safety gate before measuring.
         resume: continue an interrupted run and skip a finished one; false starts again.
@@ -202,34 +85,65 @@ class RunConfig:
     paths: PathsConfig = field(default_factory=PathsConfig)
     runner: RunnerConfig = field(default_factory=RunnerConfig)
     match: Optional[MatchConfig] = None  # noqa: UP045 - OmegaConf reads no other spelling
+    figure: str | None = None
     seed: int = 0
     check: bool = True
     resume: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise ConfigError(f"seed must lie in [0, {LARGEST_SEED}], got {self.seed}")
 
     @classmethod
     def from_hydra(cls, cfg: DictConfig) -> RunConfig:
         """Resolve what Hydra composed.
 
         Raises:
-            ConfigError: a mandatory setting has no value.
+            ConfigError: a mandatory setting has no value, or a value that nothing can be run with.
         """
         try:
             tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         except MissingMandatoryValue as error:
             key = error.full_key
             raise ConfigError(f"{key} needs a value: add {key}=... to the command") from error
+        for group in ("method", "bench"):  # "~bench" takes a group away
+            if not isinstance(tree.get(group), Mapping) or "name" not in tree[group]:
+                raise ConfigError(f"{group} needs a value: add {group}=... to the command")
+        try:
+            check_numbers(tree)
+            refuse_in_settings(tree)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         run = cls.from_dict(tree)
+        _check_names(run)
+        if run.figure is not None and run.figure not in FIGURES:
+            raise ConfigError(f"figure={run.figure}: expected one of {', '.join(FIGURES)}")
         run.model.checkpoint = checkpoint_digest(run.model.source)
+        run.model.processes = num_ranks() if run.model.tp else None
         return run
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> RunConfig:
-        """Rebuild from plain data, as in a run's ``config.yaml``."""
-        typed = {"model": ModelConfig, "logger": LoggerConfig, "paths": PathsConfig}
-        groups: dict[str, Any] = {key: group(**tree[key]) for key, group in typed.items()}
-        groups["runner"] = RunnerConfig(**tree.get("runner") or {})
+        """Rebuild from plain data, as in a run's ``config.yaml``.
+
+        Raises:
+            ConfigError: an unknown key, or a value outside its range.
+        """
+        typed = {
+            "model": ModelConfig,
+            "logger": LoggerConfig,
+            "paths": PathsConfig,
+            "runner": RunnerConfig,
+        }
         if tree.get("match") is not None:
-            groups["match"] = MatchConfig(**tree["match"])
+            typed["match"] = MatchConfig
+        try:
+            check_keys(cls, tree, "key or group:")
+            for key, group in typed.items():
+                check_keys(group, tree.get(key) or {}, f"key of {key!r}:")
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        groups = {key: group(**tree.get(key) or {}) for key, group in typed.items()}
         return cls(**{**tree, **groups})
 
     def to_dict(self) -> dict[str, Any]:
@@ -237,9 +151,21 @@ class RunConfig:
         return asdict(self)
 
     @property
+    def uses_model(self) -> bool:
+        """Whether the bench runs the model; attention on generated inputs does not."""
+        from experiments.bench import BENCHES
+
+        return BENCHES.load(self.bench["name"]).uses_model(self.bench)
+
+    @property
     def model_name(self) -> str:
-        """Name of the model in folders and tables."""
-        name = self.model.name or Path(self.model.source).name
+        """Name of the model in folders and tables; of drawn inputs where no model runs."""
+        if not self.uses_model:
+            return "generated_inputs"
+        source = Path(self.model.source)
+        name = self.model.name or source.name
+        if not is_folder_name(name):  # model.path=. or .. is a checkpoint without a name
+            name = source.resolve().name or "model"
         if self.model.weights == "random":
             name = f"{name}_random"
         return re.sub(r"[^\w.-]+", "_", name)
@@ -265,16 +191,31 @@ class RunConfig:
         return self.group / self.method["name"] / self.hash
 
     def _identity(self) -> dict[str, Any]:
+        model = self._model_identity() if self.uses_model else None
+        identity = {"model": model, "method": self.method, "bench": self.bench, "seed": self.seed}
+        # Runs without a match keep the identity they had before there was such a thing.
+        return identity if self.match is None else {**identity, "match": asdict(self.match)}
+
+    def _model_identity(self) -> dict[str, Any]:
         model = {key: value for key, value in asdict(self.model).items() if key != "name"}
         if model["checkpoint"] is None:  # on the hub, where the name says which
             del model["checkpoint"]
         if not model["tp"]:  # runs from before there was such a thing keep their identity
-            del model["tp"]
+            del model["tp"], model["processes"]
         if model["weights"] == "pretrained":  # likewise
             del model["weights"], model["architecture"]
-        identity = {"model": model, "method": self.method, "bench": self.bench, "seed": self.seed}
-        # Runs without a match keep the identity they had before there was such a thing.
-        return identity if self.match is None else {**identity, "match": asdict(self.match)}
+        return model
+
+
+def _check_names(run: RunConfig) -> None:
+    """Names of methods and benches become folders: only registered ones do."""
+    from experiments.bench import BENCHES
+    from pbs.methods import METHODS
+    from pbs.registry import unknown
+
+    for registry, settings in ((METHODS, run.method), (BENCHES, run.bench)):
+        if settings["name"] not in registry.names:
+            raise ConfigError(unknown(registry.kind, str(settings["name"])[:80], registry.names))
 
 
 def parameters(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -320,15 +261,19 @@ def _is_plain(hint: Any) -> bool:
 
 
 def checkpoint_digest(path: str) -> str | None:
-    """Digest of a local checkpoint: its config, and names, sizes and ends of its weight files.
+    """Digest of a local checkpoint: its config and tokenizer, and its weight files' ends.
 
-    None for a name on the hub. A whole hash of the weights would take minutes for a large model.
+    None for a name on the hub. Of weight files names, sizes and both ends: a whole hash would take
+    minutes for a large model.
     """
-    folders = (Path(path).expanduser(), ROOT / path)
+    folders = (Path(os.path.expanduser(path)), ROOT / path)
     folder = next((found for found in folders if (found / "config.json").is_file()), None)
     if folder is None:
         return None
     digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.iterdir()):
+        if file.suffix in TEXTS and file.name != "config.json" and file.is_file():
+            digest.update(f"{file.name} ".encode() + file.read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())

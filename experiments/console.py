@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from experiments.credentials import hide
+
 CONSOLE = Console(stderr=True)
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -28,7 +32,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        text = prefix + record.getMessage()
+        text = hide(prefix + record.getMessage())
         CONSOLE.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -40,19 +44,36 @@ def show_messages() -> None:
         ours.addHandler(_ConsoleHandler())
 
 
+class _LogLines(logging.Formatter):
+    """Lines of the log, tracebacks included, without keys."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return hide(super().format(record))
+
+
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written, on a full disk, costs one message and no traceback."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002 - logging's name
+        error = sys.exc_info()[1]
+        logging.getLogger().removeHandler(self)
+        logger.warning("%s: the log ends here: %s", self.baseFilename, error)
+
+
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Write all messages to a file as well, with times and tracebacks."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler = _LogFile(path, encoding="utf-8")
+    handler.setFormatter(_LogLines("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
     try:
         yield
     finally:
         root.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):  # what is left in the buffer of a full disk
+            handler.close()
 
 
 class SampleProgress:

@@ -15,6 +15,13 @@ from pbs.methods.base import AttentionMethod
 from pbs.ops.grid import BlockGrid
 from pbs.ops.plan import AttentionPlan
 
+# More heads than a layer has: the draws of two seeds have no generator in common.
+MAX_HEADS = 1 << 16
+
+
+class UnreachableDensityError(ValueError):
+    """Fewer tiles are asked for than are always computed."""
+
 
 @dataclass(kw_only=True)
 class ControlledDensity(AttentionMethod):
@@ -30,11 +37,14 @@ class ControlledDensity(AttentionMethod):
         target_density: tiles computed / causal tiles, at least the share of the tiles that are
             always computed; met to the nearest tile.
         seed: of the draw.
+        rank: number of this process among those that share the heads, so that each draws for its
+            own heads what one process would draw for them.
     """
 
     method: AttentionMethod
     target_density: float
     seed: int = 0
+    rank: int = 0
     _lists: dict[tuple[object, ...], tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -58,7 +68,7 @@ class ControlledDensity(AttentionMethod):
         Raises:
             NotImplementedError: the method computes single columns, moves queries, or has windows
                 that differ between heads.
-            ValueError: the density is less than what is always computed.
+            UnreachableDensityError: the density is less than what is always computed.
         """
         own = self.method.plan(q, k, scale=scale, layer_idx=layer_idx)
         if own.is_dense:
@@ -81,6 +91,7 @@ class ControlledDensity(AttentionMethod):
                 num_windows=int(own.num_windows[0, 0].sum()),
                 density=self.target_density,
                 seed=self.seed,
+                first_head=self.rank * own.num_heads,
             )
         blocks, num_blocks = self._lists[key]
         return replace(own, blocks=blocks, num_blocks=num_blocks)
@@ -94,6 +105,7 @@ def random_tiles(
     num_windows: int,
     density: float,
     seed: int = 0,
+    first_head: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Lists of random earlier tiles that make up a density together with the windows.
 
@@ -105,12 +117,13 @@ def random_tiles(
         num_windows: windows of one head, of all query tiles together.
         density: tiles computed / causal tiles.
         seed: of the draw.
+        first_head: number of the first of these heads in the whole layer.
 
     Returns:
         Ascending key tiles, int32 ``[1, Hq, Tq, F]``, and counts, int32 ``[1, Hq, Tq]``.
 
     Raises:
-        ValueError: the windows alone are denser.
+        UnreachableDensityError: the windows alone are denser.
     """
     device = first_window.device
     candidates = first_window.long()
@@ -119,7 +132,7 @@ def random_tiles(
     if not 0 <= wanted <= total:
         least = num_windows / grid.num_causal_tiles
         most = (num_windows + total) / grid.num_causal_tiles
-        raise ValueError(
+        raise UnreachableDensityError(
             f"density {density} cannot be had for {grid.num_keys} keys: the windows alone make "
             f"{least:.3f}, everything {most:.3f}"
         )
@@ -127,9 +140,9 @@ def random_tiles(
     excluded = torch.arange(grid.num_key_tiles, device=device) >= candidates[:, None]
     width = int(counts.max())
     is_valid = torch.arange(width, device=device) < counts[:, None]
-    generator = torch.Generator(device).manual_seed(seed)
     lists = []
-    for _ in range(num_heads):
+    for head in range(first_head, first_head + num_heads):
+        generator = torch.Generator(device).manual_seed(MAX_HEADS * seed + head)
         noise = torch.rand(excluded.shape, generator=generator, device=device)
         noise[:, 0] = -1.0  # the block of token 0 comes first
         drawn = noise.masked_fill_(excluded, 2.0).argsort(dim=1)[:, :width]

@@ -1,18 +1,20 @@
 """What a method has to do: operations, bytes and launches, counted and not measured.
 
 Plain Python. :func:`method_cost` gives the work of a method's stages, :func:`floor_ms` the time
-below which no version gets on a chip of given rates, :func:`attention_memory` and
-:func:`model_memory` what has to fit. Legend: see :mod:`pbs.ops.grid`.
+below which no version gets on a chip of given rates, :func:`attention_memory` what has to fit.
+Whole models: :mod:`experiments.model_cost`. Legend: see :mod:`pbs.ops.grid`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 FP32 = 4
-INT32 = 4
+INT16 = 2
 INT64 = 8
+# Pooled scores that the Triton selection holds at once (pbs.ops.block_selection.triton).
+POOLED_SCORE_BYTES = float(FP32 << 23)
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def method_cost(
         known = ", ".join(sorted(_SELECTION))
         raise ValueError(f"no cost is known for method {method!r}; known: {known}")
     tiles = -(-num_tokens // block_size)
-    lists = density * shape.q_heads * tiles * (tiles + 1) / 2 * INT32
+    lists = density * shape.q_heads * tiles * (tiles + 1) / 2 * INT16
     stages: dict[str, Work] = {}
     order_heads = shape.kv_heads
     if method in ("pbs", "pbs_plus"):
@@ -283,73 +285,15 @@ def attention_memory(
     if method == "flash":
         return sizes
     tiles = -(-num_tokens // block_size)
-    if method != "streaming":
-        sizes["block scores"] = block_score_bytes(shape, num_tokens, block_size)
+    scores = 0.0 if method == "streaming" else block_score_bytes(shape, num_tokens, block_size)
+    if method in ("pbs", "meanpool"):
+        scores = min(scores, POOLED_SCORE_BYTES)  # the rows are scored and listed in parts
+    if scores:
+        sizes["block scores"] = scores
     # Lists are as wide as their fullest row, about twice the mean.
-    sizes["lists"] = shape.q_heads * tiles * min(1.0, 2 * density) * tiles * INT32
+    sizes["lists"] = shape.q_heads * tiles * min(1.0, 2 * density) * tiles * INT16
     if method in ("pbs", "pbs_plus"):
         heads = shape.kv_heads if shared_order else shape.q_heads
         sizes["order"] = float(heads * num_tokens * INT64)
         sizes["k, v in order"] = 2.0 * shape.key_bytes(num_tokens, heads=heads)
     return sizes
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Sizes of a decoder with gated feed-forward layers, as in Llama and Qwen."""
-
-    hidden_size: int
-    num_layers: int
-    intermediate_size: int
-    vocab_size: int
-    shape: Shape
-    is_tied: bool = False
-
-    @property
-    def num_parameters(self) -> int:
-        """Weights of all matrices; norms are negligible."""
-        shape = self.shape
-        attention = self.hidden_size * shape.head_dim * (2 * shape.q_heads + 2 * shape.kv_heads)
-        layer = attention + 3 * self.hidden_size * self.intermediate_size
-        embeddings = self.hidden_size * self.vocab_size * (1 if self.is_tied else 2)
-        return self.num_layers * layer + embeddings
-
-
-def model_memory(
-    architecture: Architecture,
-    num_tokens: int,
-    *,
-    method: str = "flash",
-    density: float = 1.0,
-    shared_order: bool = False,
-    keeps_cache: bool = True,
-) -> dict[str, float]:
-    """Bytes of a prefill of one prompt: weights, cache and the fuller of a layer's two halves."""
-    size = architecture.shape.element_size
-    hidden = float(num_tokens * architecture.hidden_size * size)
-    feed_forward = 3.0 * num_tokens * architecture.intermediate_size * size
-    attention = sum(
-        attention_memory(
-            method, architecture.shape, num_tokens, density=density, shared_order=shared_order
-        ).values()
-    )
-    cache = 2.0 * architecture.num_layers * architecture.shape.key_bytes(num_tokens)
-    return {
-        "weights": float(architecture.num_parameters * size),
-        "cache": cache if keeps_cache else 0.0,
-        "residual stream": 2 * hidden,
-        "layer": max(feed_forward, attention),
-    }
-
-
-def lengths_that_fit(
-    lengths: Iterable[int], memory: float, size: Callable[[int], Mapping[str, float]]
-) -> list[int]:
-    """The lengths whose tensors fit.
-
-    Args:
-        lengths: candidates.
-        memory: bytes there are; leave some for the allocator, 0.9 of a GPU's memory is sound.
-        size: bytes at a length, from :func:`attention_memory` or :func:`model_memory`.
-    """
-    return [length for length in lengths if sum(size(length).values()) <= memory]

@@ -1,17 +1,18 @@
 """Coverage: how much of dense attention's probability lies on the pairs a plan computes.
 
 Exact, not estimated from blocks, and never N x N: query rows go in chunks. Legend: see
-:mod:`pbs.ops.grid`; R rows of a chunk, L keys the chunk can see.
+:mod:`pbs.ops.grid`; P plans, R rows of a chunk, L keys the chunk can see.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from experiments.head_plan import HeadPlan
 from pbs.methods.base import CallRecord
 from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
@@ -51,24 +52,49 @@ def measure_coverage(
         ValueError: shapes that do not fit the plan, a head or row that does not exist, or a plan
             that names a pair twice.
     """
+    return measure_plans(q, k, [plan], scale=scale, heads=heads, rows=rows, chunk_rows=chunk_rows)[
+        0
+    ]
+
+
+def measure_plans(
+    q: Tensor,
+    k: Tensor,
+    plans: Sequence[AttentionPlan],
+    *,
+    scale: float,
+    heads: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
+    chunk_rows: int = 256,
+) -> Tensor:
+    """Coverage of several plans for the same queries and keys, which share the dense softmax.
+
+    Arguments, memory and errors are those of :func:`measure_coverage`, for every plan; rows are
+    taken in ascending order.
+
+    Returns:
+        fp64 ``[P, Z, H']`` in [0, 1].
+    """
     check_attention_inputs(q, k)
     heads = range(q.shape[1]) if heads is None else heads
-    row_index = _checked_rows(q, k, plan, heads, rows, chunk_rows)
-    if plan.is_dense:
-        return torch.ones(q.shape[0], len(heads), dtype=torch.float64)
+    for plan in plans:
+        row_index = _checked_rows(q, k, plan, heads, rows, chunk_rows)
     groups = q.shape[1] // k.shape[1]
-    coverage = torch.empty(q.shape[0], len(heads), dtype=torch.float64)
+    coverage = torch.ones(len(plans), q.shape[0], len(heads), dtype=torch.float64)
+    sparse = [index for index, plan in enumerate(plans) if not plan.is_dense]
+    if not sparse:
+        return coverage
     for sequence in range(q.shape[0]):
         for column, head in enumerate(heads):
             per_row = _head_coverage(
-                _HeadPlan.of(plan, sequence, head),
+                [HeadPlan.of(plans[index], sequence, head) for index in sparse],
                 q[sequence, head],
                 k[sequence, head // groups],
                 scale=scale,
                 rows=row_index,
                 chunk_rows=chunk_rows,
             )
-            coverage[sequence, column] = per_row.double().mean()
+            coverage[sparse, sequence, column] = per_row.double().mean(dim=1).cpu()
     # Rounding of fp32 sums can carry full coverage a few 1e-7 past 1.
     return coverage.clamp_(max=1.0)
 
@@ -187,101 +213,43 @@ def sample_rows(num_queries: int, num_rows: int, *, seed: int = 0) -> list[int]:
     return rows.tolist()
 
 
-@dataclass(frozen=True)
-class _HeadPlan:
-    """The lists of one head of one sequence, counts as Python numbers (one copy per head)."""
-
-    plan: AttentionPlan
-    blocks: Tensor  # [Tq, F]
-    num_blocks: list[int]
-    windows: Tensor  # [Tq, W]
-    num_windows: list[int]
-    columns: Tensor | None  # [Tq, C]
-    num_columns: list[int]
-    order: Tensor | None  # [Nk]
-    query_order: Tensor | None  # [Nq]
-    local_window: tuple[int, int] | None
-
-    @classmethod
-    def of(cls, plan: AttentionPlan, sequence: int, head: int) -> _HeadPlan:
-        def pick(tensor: Tensor | None) -> Tensor | None:
-            """This sequence and head, where one entry may stand for all or for a group."""
-            if tensor is None:
-                return None
-            own = tensor[sequence if tensor.shape[0] > 1 else 0]
-            return own[head // (plan.num_heads // own.shape[0])].long()
-
-        columns, num_columns = pick(plan.columns), pick(plan.num_columns)
-        local = None
-        if plan.local_window is not None:
-            num_init, num_local = plan.local_window[head].tolist()
-            local = (num_init, num_local)
-        return cls(
-            plan,
-            pick(plan.blocks),
-            pick(plan.num_blocks).tolist(),
-            pick(plan.windows),
-            pick(plan.num_windows).tolist(),
-            columns,
-            [] if num_columns is None else num_columns.tolist(),
-            pick(plan.order),
-            pick(plan.query_order),
-            local,
-        )
-
-    def whole_keys(self, tile: int) -> Tensor:
-        """Keys that every query of the tile sees, original positions, int64."""
-        width = self.plan.grid.key_tile
-        starts = self.blocks[tile, : self.num_blocks[tile]] * width
-        places = (starts[:, None] + torch.arange(width, device=starts.device)).flatten()
-        keys = places if self.order is None else self.order[places]
-        if self.columns is not None:
-            keys = torch.cat([keys, self.columns[tile, : self.num_columns[tile]]])
-        return keys
-
-    def window_keys(self, tile: int, num_keys: int) -> Tensor:
-        """Keys below ``num_keys`` in the tile's windows; which rows see them is up to each row."""
-        width = self.plan.grid.key_tile
-        starts = self.windows[tile, : self.num_windows[tile]]
-        keys = (starts[:, None] + torch.arange(width, device=starts.device)).flatten()
-        return keys[keys < num_keys]
-
-    def sees(self, positions: Tensor, keys: Tensor) -> Tensor:
-        """Causality and the token rule inside windows, bool ``[R, keys]``."""
-        seen = keys <= positions[:, None]
-        if self.local_window is not None:
-            num_init, num_local = self.local_window
-            seen &= (keys < num_init) | (positions[:, None] - keys < num_local)
-        return seen
-
-    def tiles_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows sorted by their place in the plan, and the tile of each."""
-        places = rows
-        if self.query_order is not None:
-            inverse = torch.empty_like(self.query_order)
-            inverse[self.query_order] = torch.arange(len(inverse), device=inverse.device)
-            places = inverse[rows]
-        places, index = places.sort(stable=True)
-        return rows[index], places // self.plan.grid.query_tile
-
-
 def _head_coverage(
-    head: _HeadPlan, q: Tensor, k: Tensor, *, scale: float, rows: Tensor, chunk_rows: int
+    plans: Sequence[HeadPlan],
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    rows: Tensor,
+    chunk_rows: int,
 ) -> Tensor:
-    """Coverage of each of the rows of one head, in plan order, from q [Nq, D] and k [Nk, D]."""
+    """Coverage of each of the rows of one head, ``[P, rows]``, from q [Nq, D] and k [Nk, D]."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     keys_transposed = k.to(compute).T
-    rows, tiles = head.tiles_of(rows)
-    covered = torch.empty(len(rows), dtype=compute, device=q.device)
+    offset = plans[0].plan.grid.offset
+    tilings = [(members, plans[members[0]].tiles_of(rows)) for members in _same_tiles(plans)]
+    covered = torch.empty(len(plans), len(rows), dtype=compute, device=q.device)
     for start in range(0, len(rows), chunk_rows):
         chunk = slice(start, start + chunk_rows)
-        positions = rows[chunk] + head.plan.grid.offset
+        positions = rows[chunk] + offset
         num_keys = int(positions.max()) + 1
         weights = (q[rows[chunk]].to(compute) * scale) @ keys_transposed[:, :num_keys]
         _softmax_causal_(weights, positions)
-        for part, tile in _runs(tiles[chunk]):
-            covered[chunk][part] = _tile_mass(head, tile, weights[part], positions[part])
+        for members, tiles in tilings:
+            some = [plans[index] for index in members]
+            for tile, part in _rows_by_tile(tiles[chunk]):
+                masses = _tile_mass(some, tile, weights[part], positions[part])
+                for index, mass in zip(members, masses, strict=True):
+                    covered[index, chunk][part] = mass
     return covered
+
+
+def _same_tiles(plans: Sequence[HeadPlan]) -> list[list[int]]:
+    """The plans in groups that share the query tile of every row."""
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, plan in enumerate(plans):
+        moved = -1 if plan.query_order is None else index
+        groups[plan.plan.grid.query_tile, moved].append(index)
+    return list(groups.values())
 
 
 def _softmax_causal_(logits: Tensor, positions: Tensor) -> None:
@@ -294,28 +262,39 @@ def _softmax_causal_(logits: Tensor, positions: Tensor) -> None:
     logits /= logits.sum(dim=1, keepdim=True)
 
 
-def _tile_mass(head: _HeadPlan, tile: int, weights: Tensor, positions: Tensor) -> Tensor:
-    """Probability on the computed pairs of rows of one tile, ``[R]`` from ``[R, L]``."""
-    whole = head.whole_keys(tile)
-    counts = torch.zeros(head.plan.grid.num_keys, dtype=weights.dtype, device=weights.device)
-    counts.index_add_(0, whole, counts.new_ones(len(whole)))
-    windowed = head.window_keys(tile, weights.shape[1])
-    seen = head.sees(positions, windowed)
-    repeated = bool((counts > 1).any()) or windowed.unique().numel() < windowed.numel()
-    if repeated or bool((seen & (counts[windowed] > 0)).any()):
+def _tile_mass(plans: Sequence[HeadPlan], tile: int, weights: Tensor, positions: Tensor) -> Tensor:
+    """Probability on the computed pairs of rows of one tile, ``[P, R]`` from ``[R, L]``."""
+    num_keys = weights.shape[1]
+    counts = torch.stack([plan.key_counts(tile) for plan in plans])[:, :num_keys]
+    is_repeated = bool((counts > 1).any())
+    # The weights of future keys are 0, so that windows need no mask of their own...
+    mass = counts.to(weights.dtype) @ weights.T
+    for index, plan in enumerate(plans):
+        if plan.local_window is None:
+            continue
+        # ...unless each row sees other keys of them.
+        windowed = plan.window_keys(tile, num_keys)
+        seen = plan.sees(positions, windowed)
+        mass[index] += (weights[:, windowed] * seen).sum(dim=1)
+        is_repeated |= windowed.unique().numel() < windowed.numel()
+        is_repeated |= bool((seen & (counts[index, windowed] > 0)).any())
+    if is_repeated:
         raise ValueError(
             f"inconsistent plan: a (query, key) pair of query tile {tile} is named more than once"
         )
-    mass = weights @ counts[: weights.shape[1]]
-    return mass + (weights[:, windowed] * seen).sum(dim=1)
+    return mass
 
 
-def _runs(tiles: Tensor) -> Iterator[tuple[slice, int]]:
-    """Stretches of equal tiles."""
+def _rows_by_tile(tiles: Tensor) -> Iterator[tuple[int, Tensor | slice]]:
+    """Every tile and which rows are its own; stretches of equal tiles without a copy."""
     values, sizes = tiles.unique_consecutive(return_counts=True)
+    if values.unique().numel() < values.numel():
+        for tile in values.unique().tolist():
+            yield tile, (tiles == tile).nonzero()[:, 0]
+        return
     start = 0
     for tile, size in zip(values.tolist(), sizes.tolist(), strict=True):
-        yield slice(start, start + size), tile
+        yield tile, slice(start, start + size)
         start += size
 
 
@@ -343,4 +322,5 @@ def _checked_rows(
             raise ValueError(f"{name} must be one or more numbers in [0, {count}), got {chosen}")
     if rows is None:
         return torch.arange(grid.num_queries, device=q.device)
-    return torch.as_tensor(rows, dtype=torch.long, device=q.device)
+    # Neighbours share tiles and the number of keys they can see.
+    return torch.as_tensor(rows, dtype=torch.long, device=q.device).sort().values

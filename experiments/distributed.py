@@ -8,27 +8,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from tempfile import TemporaryDirectory
 
 from experiments.config import ConfigError, PathsConfig, RunConfig
-
-
-def rank() -> int:
-    """Number of this process in its ``torchrun`` group; 0 without one."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def num_ranks() -> int:
-    """Processes in the ``torchrun`` group; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_follower() -> bool:
-    """Whether another process writes the results."""
-    return rank() > 0
+from experiments.ranks import is_follower, num_ranks
 
 
 def check_tensor_parallel(is_wanted: bool) -> None:
@@ -47,21 +33,6 @@ def check_tensor_parallel(is_wanted: bool) -> None:
             f"torchrun started {num_ranks()} processes that would all do the same; add "
             "model.tp=true to shard the model over them, or start one process with python run.py"
         )
-
-
-def mean_over_ranks(values: Sequence[float | None]) -> list[float | None]:
-    """Means of numbers that each process knows for its share of the heads; None stays None."""
-    import torch
-    import torch.distributed as dist
-
-    known = [value for value in values if value is not None]
-    if not known or num_ranks() < 2 or not dist.is_initialized():
-        return list(values)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    totals = torch.tensor(known, dtype=torch.float64, device=device)
-    dist.all_reduce(totals)
-    means = iter((totals / num_ranks()).tolist())
-    return [None if value is None else next(means) for value in values]
 
 
 @contextmanager

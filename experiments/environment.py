@@ -53,7 +53,10 @@ def describe_environment() -> dict[str, Any]:
 def device_name() -> str:
     """The GPU's name, or the processor's with the number of threads torch uses."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+        try:
+            return torch.cuda.get_device_name()
+        except RuntimeError as error:  # a device that is gone; what fails on it says the rest
+            return f"a GPU that does not answer ({str(error).splitlines()[0]})"
     return f"{_processor()}, {torch.get_num_threads()} threads"
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from experiments.coverage import _HeadPlan, sample_rows
+from experiments.coverage import sample_rows
+from experiments.head_plan import HeadPlan
 from pbs.ops.plan import AttentionPlan
 
 # Allowed: this many times the error of eager attention in the same dtype, and a rounding band. One
@@ -122,15 +123,15 @@ def _named_keys(
     offset = k.shape[2] - q.shape[2]
     if plan is None or plan.is_dense:
         return [torch.arange(row + offset + 1, device=q.device) for row in rows]
-    lists = _HeadPlan.of(plan, sequence, head)
-    ordered, tiles = lists.tiles_of(torch.tensor(rows, device=q.device))
-    found: dict[int, Tensor] = {}
-    for row, tile in zip(ordered.tolist(), tiles.tolist(), strict=True):
+    lists = HeadPlan.of(plan, sequence, head)
+    tiles = lists.tiles_of(torch.tensor(rows, device=q.device))
+    found = []
+    for row, tile in zip(rows, tiles.tolist(), strict=True):
         window = lists.window_keys(tile, k.shape[2])
         position = torch.tensor([row + offset], device=q.device)
         seen = window[lists.sees(position, window)[0]]
-        found[row] = torch.cat([lists.whole_keys(tile), seen])
-    return [found[row] for row in rows]
+        found.append(torch.cat([lists.whole_keys(tile), seen]))
+    return found
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -18,85 +18,20 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pbs import AttentionMethod, CallRecord, block_sparse_attention, build_method
+from experiments.gate_plans import PlanExaminer, recording
+from experiments.gate_report import CheckReport, GateError, GateReport
+from pbs import AttentionMethod, build_method
 from pbs.patch.huggingface import apply_patch_with_prefill, get_patch
 
 # Prompt lengths to try, none a multiple of a block, until the method runs sparse.
 PROMPT_LENGTHS = (301, 601, 1201, 2401, 4801)
 # Allowed: this many times the model's own sensitivity to one rounding step of its input.
 FACTOR = 3.0
-# Largest token mask (heads x N x N) to write out; longer plans are only validated.
-MAX_MASK_ELEMENTS = 1 << 28
-# Layers whose plans are examined: the first and the last few that run sparse.
-NUM_PLANS = 4
-
-
-class GateError(RuntimeError):
-    """A check failed: the method, its kernel or the plug-in is wrong on this model.
-
-    Attributes:
-        check: the check that failed.
-        measured: its number.
-        allowed: the largest number that would have passed.
-    """
-
-    def __init__(self, check: str, measured: float, allowed: float, meaning: str) -> None:
-        self.check, self.measured, self.allowed = check, measured, allowed
-        super().__init__(
-            f"safety gate: check {check!r} failed: {meaning}: measured {measured:.3g}, allowed "
-            f"{allowed:.3g}. Do not trust results of this combination; try backend='reference', "
-            "the method 'flash' and attn_implementation='sdpa' to find the part that is wrong"
-        )
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """One check: passed if ``measured <= allowed``."""
-
-    name: str
-    measured: float
-    allowed: float
-    seconds: float
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class GateReport:
-    """A gate that was passed.
-
-    Attributes:
-        num_tokens: length of the prompt.
-        ran_sparse: whether the method ran sparse at that length; if not, ``kernel`` and ``future``
-            saw no sparse plan.
-        densest: what stood for the method at its most permissive setting.
-        sensitivity: change of the logits when the input moves by one rounding step.
-        checks: in the order they ran.
-        seconds: all together.
-    """
-
-    num_tokens: int
-    ran_sparse: bool
-    densest: str
-    sensitivity: float
-    checks: list[CheckReport] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def passed(self) -> bool:
-        """Always true: :func:`run_gate` raises otherwise."""
-        return all(check.measured <= check.allowed for check in self.checks)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for a JSON file."""
-        return {**asdict(self), "passed": self.passed}
 
 
 def run_gate(
@@ -190,8 +125,8 @@ class _Gate:
     def _check_plans(self) -> Iterator[CheckReport]:
         """Kernel and causality of the plans the method really makes, and of the outputs."""
         begin = time.perf_counter()
-        examiner = _PlanExaminer()
-        with _recording(self.method, examiner), apply_patch_with_prefill(self.model, self.method):
+        examiner = PlanExaminer()
+        with recording(self.method, examiner), apply_patch_with_prefill(self.model, self.method):
             self._logits(self.ids)
         yield self._judge(
             "kernel",
@@ -321,78 +256,6 @@ class _Gate:
         if not measured <= allowed:  # also true for NaN
             raise GateError(name, measured, allowed, meaning)
         return CheckReport(name, measured, allowed, time.perf_counter() - begin, detail)
-
-
-class _PlanExaminer:
-    """Looks at sparse calls as they happen and keeps only numbers."""
-
-    def __init__(self) -> None:
-        self.num_plans = 0
-        self.num_outputs = 0
-        self.num_leaks = 0
-        self.kernel_error = 0.0
-
-    def examine(self, record: CallRecord, backend: str) -> None:
-        """Causality of the plan; output of the kernel for it, with the keys as values."""
-        plan, q, k = record.plan, record.q, record.k
-        if plan.is_dense or self.num_plans >= NUM_PLANS:
-            return
-        self.num_plans += 1
-        try:
-            plan.validate()
-        except ValueError as error:
-            raise GateError("future", 1.0, 0.0, str(error)) from error
-        if q.shape[1] * q.shape[2] * k.shape[2] > MAX_MASK_ELEMENTS:
-            return
-        seen = plan.token_mask()
-        positions = torch.arange(q.shape[2], device=q.device) + plan.grid.offset
-        future = torch.arange(k.shape[2], device=q.device) > positions[:, None]
-        self.num_leaks += int((seen & future).sum())
-        own = seen.gather(3, positions[:, None].expand(*seen.shape[:3], 1))
-        self.num_leaks += int((~own).sum())
-        out = block_sparse_attention(q, k, k, plan, scale=record.scale, backend=backend)
-        self.num_outputs += 1
-        self.kernel_error = max(self.kernel_error, _kernel_error(out, record, seen))
-
-
-def _kernel_error(out: Tensor, record: CallRecord, seen: Tensor) -> float:
-    """Error of the output over its budget: twice that of eager attention in the same dtype."""
-    exact = _masked_attention(record, seen, torch.float64)
-    rounded = _masked_attention(record, seen, out.dtype)
-    # Probabilities and the online softmax round a few times more than one matrix product.
-    band = 4 * torch.finfo(out.dtype).eps * float(exact.abs().max())
-    budget = 2 * float((rounded - exact).abs().max()) + band
-    return float((out.double() - exact).abs().max()) / budget
-
-
-def _masked_attention(record: CallRecord, seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Eager attention over the named pairs in a dtype, head by head, as fp64."""
-    q, k = record.q.to(dtype), record.k.to(dtype)
-    groups = q.shape[1] // k.shape[1]
-    heads = []
-    for head in range(q.shape[1]):
-        keys = k[:, head // groups]
-        logits = (q[:, head] @ keys.transpose(-1, -2)) * record.scale
-        logits = logits.masked_fill(~seen[:, head], float("-inf"))
-        heads.append((logits.softmax(dim=-1) @ keys).double())
-    return torch.stack(heads, dim=1)
-
-
-@contextmanager
-def _recording(method: AttentionMethod, examiner: _PlanExaminer) -> Iterator[None]:
-    """Let the examiner hear the method's calls beside whoever listens already."""
-    previous = method.recorder
-
-    def record(call: CallRecord) -> None:
-        examiner.examine(call, method.backend)
-        if previous is not None:
-            previous(call)
-
-    method.recorder = record
-    try:
-        yield
-    finally:
-        method.recorder = previous
 
 
 def _distance(logits: Tensor, reference: Tensor) -> float:

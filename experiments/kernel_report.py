@@ -1,32 +1,42 @@
 """``make kernels``: compiles every Triton kernel for chips that are not here, and checks it.
 
 The real launchers run with their kernels replaced by a recorder, so that what is compiled is what
-would be launched: same arguments, same specialisation, same options. Needs Triton alone, no GPU.
+would be launched: same arguments, same specialisation, same options, every configuration of an
+autotuned kernel. Needs Triton and torch alone, no GPU; checked with Triton 3.6 and 3.7.
+
+    python -m experiments.kernel_report [--sm 90] [--only gather] [--skip attention] [--jobs 2]
 """
 
 from __future__ import annotations
 
+import argparse
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
+from triton.runtime.autotuner import Autotuner
+
+from experiments.kernel_cases import cases, kernel_modules, kernel_names
 
 ARCHITECTURES = (80, 90, 100)
 # Shared memory a block may have, bytes (CUDA programming guide, table of compute capabilities).
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
-ATTENTION = "block_sparse_attention_fwd_kernel"
+# Kernels with this in their name multiply on the matrix units and keep accumulators in registers.
+ATTENTION = "attention"
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ class Compiled:
         if self.shared_bytes > SHARED_LIMIT[self.architecture]:
             limit = SHARED_LIMIT[self.architecture]
             found.append(f"{self.shared_bytes} bytes of shared memory, the chip has {limit}")
-        if self.kernel == ATTENTION and self.architecture == 90:
+        if ATTENTION in self.kernel and self.architecture == 90:
             # fp32 runs without matrix units, for checks; wgmma multiplies 64 rows at least.
             is_fp32 = " fp32 " in self.label
             if self.stack_bytes and not is_fp32:
@@ -69,27 +79,71 @@ class Compiled:
                 found.append("no wgmma: the matrix units would idle")
         return found
 
+    def line(self) -> str:
+        """One row of the report."""
+        return (
+            f"{self.label:34} {self.kernel:34} {self.architecture:4} {self.num_warps:5} "
+            f"{self.num_stages:6} {self.registers:4} {self.stack_bytes:5} {self.shared_bytes:7} "
+            f"{self.num_wgmma:5} {self.num_tma:3}"
+            + "".join(f"  PROBLEM: {text}" for text in self.problems())
+        )
+
+
+HEADER = f"{'configuration':34} {'kernel':34}   sm warps stages regs stack  shared wgmma tma"
+
 
 @contextmanager
 def recording(label: str, launches: list[Launch], capability: tuple[int, int]) -> Iterator[None]:
-    """Inside, launching a kernel records it; tensors pass as if they lay on that chip."""
-    from pbs.ops.block_sparse_attention import triton as attention
+    """Inside, launching a kernel records it; tensors pass as if they lay on that chip.
 
-    real = jit.JITFunction.run, attention._check_interpreter, attention.launch_options
+    What a launcher asks about the chip goes through a function with the argument ``capability``,
+    and what refuses tensors of a CPU is called ``_check_interpreter``: both are replaced in all
+    modules with kernels.
+    """
 
     def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:  # noqa: ARG001
         launches.append(Launch(label, kernel, arguments, options))
 
-    def options_of(**shape: Any) -> Any:
-        return real[2](**{**shape, "capability": capability})
+    def record_each(tuner: Any, *arguments: Any, **options: Any) -> None:
+        tuner.nargs = dict(zip(tuner.arg_names, arguments, strict=False))
+        for number, config in enumerate(tuner.prune_configs(options)):
+            tuner.fn.run(*arguments, **options, **config.all_kwargs())
+            name = f"{label}, config {number}"
+            launches[-1] = Launch(name, *_parts(launches[-1]))
 
-    jit.JITFunction.run = record
-    attention._check_interpreter = lambda q: None  # noqa: ARG005
-    attention.launch_options = options_of
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(jit.JITFunction, "run", record))
+        stack.enter_context(patch.object(Autotuner, "run", record_each))
+        for module in kernel_modules():
+            for name, value in list(vars(module).items()):
+                if name == "_check_interpreter":
+                    stack.enter_context(patch.object(module, name, _accept))
+                elif _asks_for_capability(value):
+                    forced = _with_capability(value, capability)
+                    stack.enter_context(patch.object(module, name, forced))
         yield
-    finally:
-        jit.JITFunction.run, attention._check_interpreter, attention.launch_options = real
+
+
+def _parts(launch: Launch) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    return launch.kernel, launch.arguments, launch.options
+
+
+def _accept(*_: object) -> None:
+    """Stands for a check of the device."""
+
+
+def _asks_for_capability(value: object) -> bool:
+    is_function = callable(value) and hasattr(value, "__code__")
+    return is_function and "capability" in signature(value).parameters
+
+
+def _with_capability(
+    function: Callable[..., Any], capability: tuple[int, int]
+) -> Callable[..., Any]:
+    def ask(*arguments: Any, **options: Any) -> Any:
+        return function(*arguments, **{**options, "capability": capability})
+
+    return ask
 
 
 def launches_for(architecture: int) -> list[Launch]:
@@ -102,77 +156,10 @@ def launches_for(architecture: int) -> list[Launch]:
     return launches
 
 
-def cases() -> dict[str, Callable[[], object]]:
-    """Label to a call of the public launcher that reaches the kernel."""
-    from pbs import BlockGrid, build_method
-    from pbs.ops.antidiagonal import antidiagonal_block_sums
-    from pbs.ops.block_selection import select_top_p_blocks
-    from pbs.ops.block_sparse_attention import triton as attention
-    from pbs.ops.permutation import triton as permutation
-
-    def tensors(head_dim: int, dtype: torch.dtype, heads: int = 4) -> torch.Tensor:
-        return torch.randn(1, heads, 600, head_dim).to(dtype)
-
-    def attend(
-        method: str, head_dim: int, dtype: torch.dtype, **params: object
-    ) -> Callable[[], object]:
-        def launch() -> object:
-            q, k = tensors(head_dim, dtype), tensors(head_dim, dtype, heads=1)
-            plan = build_method(method, **params).plan(q, k)
-            return attention.block_sparse_attention(q, k, k, plan, scale=1.0)
-
-        return launch
-
-    found: dict[str, Callable[[], object]] = {}
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
-        for head_dim in (64, 80, 96, 128, 256):
-            found[f"attention {name} D={head_dim} B=128"] = attend("pbs", head_dim, dtype)
-    for size in (32, 64):
-        found[f"attention bf16 D=128 B={size}"] = attend(
-            "pbs", 128, torch.bfloat16, block_size=size, segment_size=256
-        )
-    found["attention bf16 D=128 columns"] = attend(
-        "minference", 128, torch.bfloat16, vertical_size=30, slash_size=100
-    )
-    found["attention bf16 D=128 local window"] = attend(
-        "streaming", 128, torch.bfloat16, n_init=64, n_local=256
-    )
-    found["attention fp32 D=128 B=128"] = attend("pbs", 128, torch.float32)
-    for head_dim in (64, 128, 256):
-        k = tensors(head_dim, torch.bfloat16)
-        order = torch.arange(600).expand(1, 4, -1)
-        found[f"key importance bf16 D={head_dim}"] = lambda k=k: _importance(permutation, k)
-        found[f"gather bf16 D={head_dim}"] = lambda k=k, o=order: permutation.gather_keys(k, o)
-    grid = BlockGrid(600, 600, 128, 128)
-    for head_dim, stride in ((128, 8), (128, 16), (64, 8)):
-        x = tensors(head_dim, torch.bfloat16)
-        found[f"antidiagonal bf16 D={head_dim} s={stride}"] = lambda x=x, s=stride: (
-            antidiagonal_block_sums(x, x, stride=s, scale=1.0, grid=grid, backend="triton")
-        )
-    for segment in (256, 2048):
-        scores = torch.rand(1, 4, 4096)
-        found[f"sort S={segment}"] = lambda x=scores, s=segment: permutation.sort_segments(
-            x, num_keys=4096, segment_size=s
-        )
-    for num_tiles in (1024, 4096):
-        p = torch.rand(1, 1, 1, num_tiles)
-        limits = torch.tensor([num_tiles])
-        found[f"top-p T={num_tiles}"] = lambda p=p, n=limits: select_top_p_blocks(
-            p, threshold=0.9, candidates=n, limits=n, backend="triton"
-        )
-    return found
-
-
-def _importance(permutation: Any, k: torch.Tensor) -> None:
-    # The second kernel reads what the first, which does not run here, would have written.
-    permutation.key_importance(k[:, :, -128:], k, scale=1.0)
-
-
 def compile_launch(launch: Launch, architecture: int) -> Compiled:
     """Compile one recorded launch for a chip.
 
-    The binder and ``_pack_args`` are Triton's own way from arguments to a specialised source
-    (checked with Triton 3.6 and 3.7).
+    The binder and ``_pack_args`` are Triton's own way from arguments to a specialised source.
     """
     target = GPUTarget("cuda", architecture, 32)
     backend = make_backend(target)
@@ -181,10 +168,10 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
         launch.kernel.signature, launch.kernel.params, backend
     )
     bound, specialization, bound_options = bind(*launch.arguments, **options)
-    parsed, signature, constants, attributes = launch.kernel._pack_args(
+    parsed, types, constants, attributes = launch.kernel._pack_args(
         backend, options, bound, specialization, bound_options
     )
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    source = _source_class(launch.kernel)(launch.kernel, types, constants, attributes)
     compiled = triton.compile(source, target=target, options=parsed.__dict__)
     registers, stack = _resources(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
@@ -202,6 +189,14 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
     )
 
 
+def _source_class(kernel: Any) -> Any:
+    if not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
+
+
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers a thread and bytes of stack, from the tool in Triton's wheel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -216,29 +211,60 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def main() -> int:
+# Launches hold kernels, which do not pickle: worker processes inherit them by being forked.
+_work: list[tuple[Launch, int]] = []
+
+
+def _compile_number(index: int) -> Compiled:
+    return compile_launch(*_work[index])
+
+
+def compile_all(work: Sequence[tuple[Launch, int]], *, jobs: int) -> Iterator[Compiled]:
+    """Compile launches for chips, in their order, over some processes."""
+    _work[:] = work
+    if jobs == 1:
+        yield from map(_compile_number, range(len(work)))
+        return
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        yield from pool.imap(_compile_number, range(len(work)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print one line per kernel, configuration and chip; exit status 1 if one has a problem."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler; unset it for this report")
-    print(f"Triton {triton.__version__}")  # noqa: T201 - the report itself
-    header = (
-        f"{'configuration':34} {'kernel':34} {'sm':>4} warps stages regs stack  shared wgmma tma"
-    )
-    print(header)  # noqa: T201
+    parser = argparse.ArgumentParser(prog="python -m experiments.kernel_report")
+    parser.add_argument("--sm", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--only", default="", help="cases whose label starts so")
+    parser.add_argument("--skip", help="leave out cases whose label starts so")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args(arguments)
+    _say(f"Triton {triton.__version__}")
+    launches = {sm: launches_for(sm) for sm in ARCHITECTURES}
+    work = [
+        (one, sm)
+        for sm in options.sm
+        for one in launches[sm]
+        if one.label.startswith(options.only)
+        and not (options.skip and one.label.startswith(options.skip))
+    ]
+    if not work:
+        parser.error(f"no case starts with {options.only!r}; there are: {', '.join(cases())}")
     num_problems = 0
-    for architecture in ARCHITECTURES:
-        for launch in launches_for(architecture):
-            done = compile_launch(launch, architecture)
-            line = (
-                f"{done.label:34} {done.kernel:34} {architecture:4} {done.num_warps:5} "
-                f"{done.num_stages:6} {done.registers:4} {done.stack_bytes:5} "
-                f"{done.shared_bytes:7} {done.num_wgmma:5} {done.num_tma:3}"
-            )
-            problems = done.problems()
-            num_problems += len(problems)
-            print(line + "".join(f"  PROBLEM: {text}" for text in problems), flush=True)  # noqa: T201
-    print(f"{num_problems} problems")  # noqa: T201
+    _say(HEADER)
+    for done in compile_all(work, jobs=options.jobs):
+        num_problems += len(done.problems())
+        _say(done.line())
+    reached = {one.kernel.__name__ for found in launches.values() for one in found}
+    for name in sorted(kernel_names() - reached):
+        num_problems += 1
+        _say(f"{name}  PROBLEM: no case launches it; add one to experiments/kernel_cases.py")
+    _say(f"{num_problems} problems")
     return 1 if num_problems else 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)  # noqa: T201 - the report itself
 
 
 if __name__ == "__main__":

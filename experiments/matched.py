@@ -8,7 +8,7 @@ targets share it and the same command again tries nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -118,7 +118,7 @@ def calibrate(cfg: RunConfig, make_bench: Callable[[], Bench]) -> tuple[RunConfi
 
         def measure(value: float) -> Trial:
             if value not in trials:
-                record = _measure(_settings(cfg, knob, value), *prompts())
+                record = _measure(settings_at(cfg.method, knob, value), *prompts())
                 record |= {"sample_id": f"{knob.name}={value}", "value": value}
                 with store.appending() as appender:
                     appender.append(record)
@@ -149,7 +149,7 @@ def calibrate(cfg: RunConfig, make_bench: Callable[[], Bench]) -> tuple[RunConfi
             match.target,
             calibration.held_out,
         )
-    method = {**cfg.method, **_settings(cfg, knob, calibration.value)}
+    method = {**cfg.method, **settings_at(cfg.method, knob, calibration.value)}
     return replace(cfg, method=method), calibration
 
 
@@ -175,7 +175,7 @@ def search(measure: Callable[[float], Trial], knob: Knob, match: MatchConfig) ->
     if not reached(sparse) <= match.target <= reached(dense):
         return path
     while len(path) < match.max_steps and _miss(path, match) > match.tolerance:
-        value = _middle(sparse.value, dense.value, knob)
+        value = middle(sparse.value, dense.value, knob)
         if value in (sparse.value, dense.value):
             break
         path.append(measure(value))
@@ -247,11 +247,11 @@ def _held_out(cfg: RunConfig, model: LoadedModel, bench: Bench) -> list[tuple[st
     return prompts
 
 
-def _settings(cfg: RunConfig, knob: Knob, value: float) -> dict[str, Any]:
-    """The method's settings with the knob at this value."""
-    settings = {**cfg.method, **knob.fixed, knob.name: value}
+def settings_at(method: Mapping[str, Any], knob: Knob, value: float) -> dict[str, Any]:
+    """A method's settings (its name and parameters) with the knob at this value."""
+    settings = {**method, **knob.fixed, knob.name: value}
     for name in knob.proportional:
-        settings[name] = int(cfg.method[name] / cfg.method[knob.name] * value)
+        settings[name] = int(method[name] / method[knob.name] * value)
     return settings
 
 
@@ -283,7 +283,7 @@ def _trial(record: Record) -> Trial:
     return Trial(record["value"], record["density"], record["coverage"])
 
 
-def _middle(a: float, b: float, knob: Knob) -> float:
+def middle(a: float, b: float, knob: Knob) -> float:
     """Halfway between two values; of counts, which range over many sizes, by ratio."""
     if knob.is_integer:
         return round((a * b) ** 0.5)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
+import os
+import re
 import sys
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -21,10 +22,25 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from experiments.checkpoints import (
+    check_json_files,
+    check_loaded,
+    check_tokenizer,
+    check_tokenizer_files,
+    check_weight_files,
+    explained,
+)
 from experiments.config import ROOT, ConfigError, ModelConfig
 from experiments.console import CONSOLE
+from experiments.device_memory import (
+    release_memory,
+)
 from experiments.distributed import check_tensor_parallel
 from experiments.random_weights import draw_model
+from experiments.ranks import num_ranks
+from experiments.setting_groups import DEVICE
+from experiments.tensor_parallel import check_heads, shard_model, sharding_options
+from pbs.ops.inputs import FLOAT_DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -73,24 +89,29 @@ def _load(key: str) -> LoadedModel:
     logger.info("loading %s", config.source)
     if not CONSOLE.is_terminal:
         disable_progress_bar()
-    dtype, device = _dtype(config), _device(config)
-    try:
+    dtype, device = _dtype(config), resolve_device(config.device, "model.device")
+    check_json_files(source)
+    with explained(config.source, "config.json"):
         architecture = AutoConfig.from_pretrained(source, **options)
         _change(architecture, config.config or {})
-        if config.weights == "random":
-            return _draw(config, architecture, dtype, device)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(
+    if config.tp:
+        _check_ranks(architecture)
+    if config.weights == "random":
+        return _draw(config, architecture, dtype, device)
+    check_weight_files(source)
+    tokenizer = _load_tokenizer(config, source)
+    with explained(config.source, "weights"):
+        model, info = AutoModelForCausalLM.from_pretrained(
             source,
             config=architecture,
             dtype=dtype,
             device_map=config.device_map,
             use_safetensors=True,
-            **(_tensor_parallel() if config.tp else {}),
+            output_loading_info=True,
+            **(sharding_options() if config.tp else {}),
             **options,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(_explain(config, error)) from error
+    check_loaded(model, info, config.source, is_changed=bool(config.config))
     if config.device_map is None and not config.tp:
         model = model.to(device)
     limit = config.max_length or getattr(architecture, "max_position_embeddings", None)
@@ -103,19 +124,40 @@ def _draw(
     config: ModelConfig, architecture: Any, dtype: str | torch.dtype, device: torch.device
 ) -> LoadedModel:
     """The architecture with random weights, and its tokenizer if there is one."""
-    if config.tp or config.device_map is not None:
+    if config.device_map is not None:
         raise ConfigError(
-            "model.weights=random draws the whole model on one device; leave out model.tp and "
-            "model.device_map"
+            "model.weights=random draws the whole model on one device; leave out model.device_map, "
+            "or share the model over processes with model.tp=true"
         )
     if dtype == "auto":
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = draw_model(architecture, dtype=dtype, device=device)
+    with explained(config.source, "config.json"):
+        model = draw_model(architecture, dtype=dtype, device=device)
+    if config.tp:
+        model = shard_model(model)
+        release_memory(collects=True)  # of the whole model
     tokenizer = None
     if (Path(resolve_path(config.source)) / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(resolve_path(config.source))
+        tokenizer = _load_tokenizer(config, resolve_path(config.source))
     # RoPE has an angle for any position, and the weights mean nothing: any length can be timed.
     return LoadedModel(model, tokenizer, config.max_length or sys.maxsize)
+
+
+def _load_tokenizer(config: ModelConfig, source: str) -> PreTrainedTokenizerBase:
+    check_tokenizer_files(source)
+    with explained(config.source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=config.trust_remote_code
+        )
+    check_tokenizer(tokenizer, config.source)
+    return tokenizer
+
+
+def _check_ranks(architecture: Any) -> None:
+    try:
+        check_heads(architecture, num_ranks())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def resolve_path(path: str) -> str:
@@ -124,7 +166,7 @@ def resolve_path(path: str) -> str:
     Raises:
         ConfigError: it can only be a folder, and there is none.
     """
-    for folder in (Path(path).expanduser(), ROOT / path):
+    for folder in (Path(os.path.expanduser(path)), ROOT / path):
         if (folder / "config.json").is_file():
             return str(folder.resolve())
         if folder.is_dir() and any(folder.iterdir()):
@@ -140,38 +182,42 @@ def resolve_path(path: str) -> str:
     return path
 
 
-def _tensor_parallel() -> dict[str, Any]:
-    """The option that shards a model over the processes, in any version's words."""
-    try:
-        from transformers.distributed import DistributedConfig
-    except ImportError:
-        return {"tp_plan": "auto"}
-    if "tp_plan" not in inspect.signature(DistributedConfig).parameters:
-        return {"tp_plan": "auto"}
-    return {"distributed_config": DistributedConfig(tp_plan="auto")}
-
-
 def _dtype(config: ModelConfig) -> str | torch.dtype:
     if config.dtype == "auto":
         return "auto"
     dtype = getattr(torch, config.dtype, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if dtype not in FLOAT_DTYPES:
         raise ConfigError(
-            f"model.dtype={config.dtype} is no floating-point dtype of torch; expected auto, "
-            "float32, bfloat16 or float16"
+            f"model.dtype={config.dtype} is no floating-point dtype that attention is computed in; "
+            "expected auto, float32, bfloat16, float16 or float64"
         )
     return dtype
 
 
-def _device(config: ModelConfig) -> torch.device:
-    if config.device == "auto":
+def resolve_device(name: str, setting: str) -> torch.device:
+    """The device of this name; "auto" is a GPU if there is one.
+
+    Args:
+        name: auto, cpu, cuda or cuda:N.
+        setting: what the user set to it, for error messages.
+
+    Raises:
+        ConfigError: another name, or a GPU that is not there.
+    """
+    if not re.fullmatch(DEVICE, name):
+        raise ConfigError(f"{setting}={name}: expected auto, cpu, cuda or cuda:N")
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(config.device)
-    except RuntimeError as error:
-        raise ConfigError(f"model.device={config.device} is no device of torch") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"model.device={config.device}, but torch sees no GPU; try cpu")
+    device = torch.device(name)
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise ConfigError(f"{setting}={name}, but torch sees no GPU; try cpu")
+    num_gpus = torch.cuda.device_count()
+    if device.index is not None and device.index >= num_gpus:
+        raise ConfigError(
+            f"{setting}={name}, but there are {num_gpus} GPUs: the last is cuda:{num_gpus - 1}"
+        )
     return device
 
 
@@ -179,18 +225,11 @@ def _change(architecture: Any, changes: dict[str, Any]) -> None:
     """Overwrite entries of the checkpoint's own config."""
     for key, value in changes.items():
         # transformers 5 keeps what version 4 calls rope_scaling together with the RoPE base.
+        if key == "rope_scaling" and not isinstance(value, dict | None):
+            raise ConfigError(f"model.config.rope_scaling must be a mapping, got {value!r}")
         if key == "rope_scaling" and getattr(architecture, "rope_parameters", None) is not None:
-            architecture.rope_parameters = {**architecture.rope_parameters, **value}
+            architecture.rope_parameters = {**architecture.rope_parameters, **(value or {})}
         elif hasattr(architecture, key):
             setattr(architecture, key, value)
         else:
             raise ConfigError(f"model.config.{key}: the model's config has no such entry")
-
-
-def _explain(config: ModelConfig, error: Exception) -> str:
-    return (
-        f"could not load model.path={config.path}: {error}\nLooked for a folder of that name here "
-        "and in the project, then for the name on the Hugging Face hub. Without network, "
-        "download the checkpoint (safetensors) and give its folder as model.path; gated models "
-        "need `hf auth login` first; model code of its own needs model.trust_remote_code=true."
-    )

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from experiments.needle_tasks import NeedleSample
     from pbs.methods import AttentionMethod
 
+NOT_FINITE = (
+    "the model's logits are NaN or infinite, so that its answer means nothing: the checkpoint or "
+    "model.config is damaged, or model.dtype cannot hold its activations; try model.dtype=float32"
+)
 # Prompt length of the attention map: long enough for the structure, short enough to see tiles.
 MAP_LENGTH = 2048
 # Indices of measured samples are below.
@@ -69,6 +73,7 @@ class NeedleBench(Bench):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"bench.{name} must name at least one, each once, got {values}")
+        self._check_coverage()
         if min(self.depths) < 0 or max(self.depths) > 1:
             raise ValueError(f"bench.depths must lie in [0, 1], got {self.depths}")
         if self.num_samples > HELD_OUT_INDEX:
@@ -79,6 +84,20 @@ class NeedleBench(Bench):
             raise ValueError(
                 "bench.num_samples and bench.lengths must be positive, bench.coverage_every not "
                 f"negative, got {self.num_samples}, {self.lengths} and {self.coverage_every}"
+            )
+
+    def _check_coverage(self) -> None:
+        for name in ("coverage_layers", "coverage_heads"):
+            chosen = getattr(self, name)
+            if chosen is not None and (not chosen or min(chosen) < 0):
+                raise ValueError(
+                    f"bench.{name} must name at least one, from 0, or be null for the default, got "
+                    f"{chosen}"
+                )
+        if self.coverage_rows is not None and self.coverage_rows < 1:
+            raise ValueError(
+                "bench.coverage_rows must be at least 1, or null for all rows, got "
+                f"{self.coverage_rows}; bench.coverage_every=0 measures no coverage"
             )
 
     def grid(self) -> list[tuple[str, int, float, int]]:
@@ -105,6 +124,7 @@ class NeedleBench(Bench):
                 f"bench.lengths has {max(self.lengths)}, the model takes {model.max_length} tokens "
                 "at most; choose shorter lengths, or raise model.max_length if you know better"
             )
+        self._check_exist(model)
         grid = self.grid()
         context.announce(len(grid))
         seen: Counter[tuple[str, int]] = Counter()
@@ -135,6 +155,18 @@ class NeedleBench(Bench):
                     record |= measure_coverage(model, method, inputs, self.coverage_probe(model))
                 record["seconds"] = time.perf_counter() - started
                 context.add(record)
+
+    def _check_exist(self, model: LoadedModel) -> None:
+        """Layers and heads to measure coverage on must be the model's."""
+        config = model.model.config.get_text_config()
+        counts = {
+            "coverage_layers": config.num_hidden_layers,
+            "coverage_heads": config.num_attention_heads,
+        }
+        for name, count in counts.items():
+            chosen = getattr(self, name)
+            if chosen is not None and max(chosen) >= count:
+                raise ValueError(f"bench.{name} must lie in [0, {count - 1}], got {chosen}")
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
         """See the base class; also by task and by length."""
@@ -285,12 +317,19 @@ def measure_coverage(
 
 
 def prefill(model: LoadedModel, inputs: torch.Tensor) -> tuple[int, Any]:
-    """First token of the answer and the filled cache, from ids ``[1, N]``."""
+    """First token of the answer and the filled cache, from ids ``[1, N]``.
+
+    Raises:
+        ValueError: the model computes NaN or infinity, whose largest entry is no answer.
+    """
     import torch
 
     with torch.inference_mode():
         out = model.model(input_ids=inputs, use_cache=True, logits_to_keep=1)
-        return int(out.logits[0, -1].argmax()), out.past_key_values
+        largest, first = out.logits[0, -1].max(dim=-1)  # NaN counts as the largest
+        if not largest.isfinite():
+            raise ValueError(NOT_FINITE)
+        return int(first), out.past_key_values
 
 
 def decode(model: LoadedModel, first: int, cache: Any, *, num_tokens: int) -> list[int]:

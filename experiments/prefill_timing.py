@@ -8,8 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,22 +17,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from experiments.controlled_density import ControlledDensity
+from experiments.cost_model import Rates
 from experiments.dense_kernels import SDPA_BACKENDS, dense_backend
+from experiments.device_memory import (
+    peak_memory,
+    poisoned_memory,
+    release_memory,
+)
 from experiments.exact_rows import RowCheck, check_rows
+from experiments.prefill_ratios import add_prefill_ratios, architecture_of, cannot_fit
+from experiments.ranks import gather_over_ranks, is_shared, mean_over_ranks, num_ranks, rank
+from experiments.tensor_parallel import COMMUNICATION, timed_collectives
 from experiments.timing import (
     VARIANT_ERRORS,
     Effort,
     Failure,
-    is_out_of_memory,
-    peak_memory,
-    poisoned_memory,
-    release_memory,
     time_interleaved,
 )
 from pbs.methods import AttentionMethod, CallRecord, build_method
 from pbs.ops.block_sparse_attention import block_sparse_attention
-from pbs.ops.grid import BlockGrid
-from pbs.ops.plan import AttentionPlan
 from pbs.ops.stages import StageTimer
 from pbs.patch.huggingface import apply_patch_with_prefill, get_patch
 
@@ -53,6 +55,7 @@ def measure_prefill(
     *,
     effort: Effort,
     density: float | None = None,
+    rates: Rates | None = None,
     takes_stages: bool = True,
 ) -> Record:
     """Check, then time, the first token of prompts of one length.
@@ -65,18 +68,23 @@ def measure_prefill(
             without our patch; packages run as the method "flash".
         effort: how long to time, all variants together.
         density: every method computes this share of the tiles; None: what it selects itself.
+        rates: of one device, for floors.
         takes_stages: take one more call of each method apart.
 
     Returns:
         "length", "target_density", and by name under "dense" and "methods": times in ms with all
-        samples, peak memory, for methods density, layers that ran sparse, stages (sums over the
-        layers) and speed-ups.
+        samples, the first token, peak memory, floors, for methods density, layers that ran sparse,
+        stages (sums over the layers) and speed-ups. Where several processes share the model, the
+        density is the mean over all heads, and memory of each process and the share of the time
+        that goes into communication are there too; all processes must call this alike.
     """
     length = prompts[0].shape[1]
     record: Record = {"length": length, "target_density": density, "dense": {}, "methods": {}}
+    if is_shared():
+        record["num_ranks"] = num_ranks()
     if density is not None:
         methods = {
-            label: ControlledDensity(method=method, target_density=density)
+            label: ControlledDensity(method=method, target_density=density, rank=rank())
             for label, method in methods.items()
         }
     places: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
@@ -109,10 +117,11 @@ def measure_prefill(
         found = facts[name]
         result = found if isinstance(found, Failure) else times[name]
         entry = {**result.to_dict(), **({} if isinstance(found, Failure) else found)}
-        if takes_stages and kind == "method" and entry.get("num_sparse_layers"):
-            entry["stages_ms"] = _stages(model, prompts[0], place)
+        is_sparse = kind == "method" and entry.get("num_sparse_layers")
+        if takes_stages and entry["median_ms"] is not None and (is_sparse or is_shared()):
+            entry |= _stages(model, prompts[0], place)
         record["dense" if kind == "dense" else "methods"][label] = entry
-    _derive(record)
+    add_prefill_ratios(record, methods, architecture_of(model), rates)
     release_memory()
     return record
 
@@ -124,48 +133,6 @@ def first_token(model: PreTrainedModel, ids: Tensor) -> Tensor:
         # Reading the token is what a server waits for.
         out.logits[0, -1].argmax().item()
         return out.logits[0, -1]
-
-
-@dataclass(kw_only=True)
-class _Capture(AttentionMethod):
-    """Dense attention that keeps the inputs of one layer."""
-
-    layer: int
-    inputs: tuple[Tensor, Tensor, Tensor] | None = None
-    _layer_idx: int | None = None
-
-    def plan(
-        self,
-        q: Tensor,
-        k: Tensor,
-        *,
-        scale: float | None = None,  # noqa: ARG002 - nothing is selected
-        layer_idx: int | None = None,
-    ) -> AttentionPlan:
-        self._layer_idx = layer_idx
-        grid = BlockGrid(q.shape[2], k.shape[2], 128, 128)
-        return AttentionPlan.dense(grid, q.shape[0], q.shape[1], device=q.device, reason="captured")
-
-    def compute_dense(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-        if self._layer_idx == self.layer:
-            self.inputs = q.clone(), k.clone(), v.clone()
-        return super().compute_dense(q, k, v, scale=scale)
-
-
-def capture_inputs(
-    model: PreTrainedModel, ids: Tensor, *, layer: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v, after RoPE, of one layer of a model in a prefill of ids ``[1, N]``.
-
-    Raises:
-        ValueError: the model has no such layer.
-    """
-    method = _Capture(layer=layer)
-    with apply_patch_with_prefill(model, method):
-        first_token(model, ids)
-    if method.inputs is None:
-        raise ValueError(f"layer {layer} was not called; layers are counted from 0")
-    return method.inputs
 
 
 def _take_turn(model: PreTrainedModel, prompts: Sequence[Tensor], index: int) -> None:
@@ -185,9 +152,39 @@ def _examine(
     method: AttentionMethod | None,
     own: Tensor | None,
 ) -> tuple[Record | Failure, Tensor | None]:
-    """The gate and peak memory of one variant, and its logits; a Failure stops its timing."""
+    """The gate and peak memory of one variant, and its logits; a Failure stops its timing.
+
+    Where several processes share the model, the failure of one is the failure of all.
+    """
+    lack = cannot_fit(model, ids.shape[1], method)
+    if any(gather_over_ranks(lack is not None)):
+        return Failure("does not fit", lack or "does not fit into another process's device"), None
+    found, logits = _examine_here(model, ids, place, method, own)
+    everywhere = gather_over_ranks(found)
+    for one in everywhere:
+        if isinstance(one, Failure):
+            return one, None
+    assert isinstance(found, dict)
+    if is_shared():
+        found["peak_bytes_by_rank"] = [one["peak_bytes"] for one in everywhere]
+        found["total_bytes_by_rank"] = [one["total_bytes"] for one in everywhere]
+        found["first_ms"] = max(one["first_ms"] for one in everywhere)
+        if method is not None:
+            densities = [one["density"] for one in everywhere]
+            (found["density"],) = mean_over_ranks([found["density"]])
+            found["density_by_rank"] = densities
+    return found, logits
+
+
+def _examine_here(
+    model: PreTrainedModel,
+    ids: Tensor,
+    place: Callable[[], AbstractContextManager[Any]],
+    method: AttentionMethod | None,
+    own: Tensor | None,
+) -> tuple[Record | Failure, Tensor | None]:
+    """:func:`_examine` as this process sees it."""
     found: Record = {}
-    failure = None
     checks: list[RowCheck] = []
     try:
         with place():
@@ -203,7 +200,8 @@ def _examine(
                 found["first_ms"] = 1e3 * (time.perf_counter() - started)
             if method is not None:
                 found |= _describe(model)
-        found["peak_bytes"] = peak.num_bytes
+        found["first_token"] = int(logits.argmax())
+        found |= {"peak_bytes": peak.num_bytes, "total_bytes": peak.total_bytes}
         if not bool(logits.isfinite().all()):
             return Failure("incorrect", "logits are not finite"), None
         if method is None and own is not None:
@@ -213,9 +211,7 @@ def _examine(
                 return Failure("incorrect", f"logits differ by {distance:.3g} from dense"), None
         return found, logits.clone()
     except VARIANT_ERRORS as error:
-        is_refusal = method is None or isinstance(error, NotImplementedError)
-        kind = "unavailable" if is_refusal else "error"
-        failure = Failure.of(error, "out of memory" if is_out_of_memory(error) else kind)
+        failure = Failure.of_variant(error, is_dense=method is None)
         if failure.kind == "error":
             logger.warning("a variant failed and gets no time: %s", error, exc_info=True)
     release_memory(collects=True)  # after the handler: the traceback holds tensors
@@ -270,25 +266,24 @@ def _describe(model: PreTrainedModel) -> Record:
 
 def _stages(
     model: PreTrainedModel, ids: Tensor, place: Callable[[], AbstractContextManager[Any]]
-) -> dict[str, float]:
-    """Milliseconds of each stage of one prefill, summed over the layers."""
-    with place(), StageTimer(model.device) as timer:
+) -> Record:
+    """Milliseconds of each stage of one prefill, summed over the layers.
+
+    Where several processes share the model, collectives are a stage of their own, which includes
+    waiting for the other processes; its share is the mean over the processes.
+    """
+    collectives = timed_collectives() if is_shared() else nullcontext()
+    with place(), collectives, StageTimer(model.device) as timer:
+        started = time.perf_counter()
         first_token(model, ids)
-    return timer.milliseconds()
-
-
-def _derive(record: Record) -> None:
-    known = {
-        name: entry["median_ms"]
-        for name, entry in record["dense"].items()
-        if entry["median_ms"] is not None
+        elapsed = 1e3 * (time.perf_counter() - started)
+    stages = timer.milliseconds()
+    if not is_shared():
+        return {"stages_ms": stages}
+    shares = gather_over_ranks(stages.get(COMMUNICATION, 0.0) / elapsed)
+    (share,) = mean_over_ranks([stages.get(COMMUNICATION, 0.0) / elapsed])
+    return {
+        "stages_ms": stages,
+        "communication_share": share,
+        "communication_share_by_rank": shares,
     }
-    fastest = min(known, key=lambda name: known[name]) if known else None
-    record["fastest_dense"] = fastest
-    for entry in record["methods"].values():
-        if entry["median_ms"] is None:
-            continue
-        entry["speed_up"] = {name: ms / entry["median_ms"] for name, ms in known.items()}
-        entry["speed_up_over_fastest"] = entry["speed_up"].get(fastest) if fastest else None
-        # So that both levels have the same columns.
-        entry["dense_reason"] = "" if entry["num_sparse_layers"] else "no layer ran sparse"

@@ -1,7 +1,7 @@
 """``make readme``: writes the result tables of README.md from results, so that no number is typed.
 
-The table of the demo comes from ``outputs/needle/tiny`` (run ``make demo`` first), that of the GPU
-from the newest folder of ``experiments/results``.
+The table of the demo comes from the runs of ``make demo`` in ``outputs``, the way ``make report``
+makes it, that of the GPU from the newest folder of ``experiments/results``.
 """
 
 from __future__ import annotations
@@ -14,17 +14,23 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments.bench import BENCHES
+from experiments.compare import changed_parameters
 from experiments.config import ROOT
+from experiments.pictures import draw_accuracy_density
 from experiments.published import TABLE7
+from experiments.report.runs import Results, Run, read_results
+from experiments.table import Row, format_columns, title_of, to_markdown
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "experiments" / "results"
+DEMO = ("flash", "meanpool", "pbs")
 
 
 def main() -> int:
-    """Rewrite both sections and copy the demo's pictures to ``docs``."""
+    """Rewrite both sections and the demo's pictures in ``docs``."""
     text = README.read_text()
-    text = replace_section(text, "needle", needle_table(ROOT / "outputs" / "needle" / "tiny"))
+    text = replace_section(text, "needle", needle_table(ROOT / "outputs"))
     folder = max(RESULTS.glob("h*_*"), key=lambda path: path.name.rpartition("_")[2])
     text = replace_section(text, "table7", table7(folder))
     README.write_text(text)
@@ -44,23 +50,47 @@ def replace_section(text: str, name: str, content: str) -> str:
     return text[: found.end(1)] + content + text[found.start(2) :]
 
 
-def needle_table(folder: Path) -> str:
-    """The demo's table and pictures.
+def needle_table(outputs: Path) -> str:
+    """The demo's table; its pictures are drawn anew in ``docs``.
+
+    Only runs at default settings count, whatever else lies beside them.
 
     Raises:
         FileNotFoundError: the demo has not run.
     """
-    summary = folder / "summary.md"
-    if not summary.is_file():
-        raise FileNotFoundError(f"{summary} does not exist; run `make demo` first")
+    runs = demo_runs(read_results(outputs))
+    rows = [row for _, row in runs]
     docs = ROOT / "docs"
-    docs.mkdir(exist_ok=True)
-    shutil.copy(folder / "accuracy_density.png", docs / "accuracy_density.png")
-    newest = max(folder.glob("pbs/*/attention_map.png"), key=lambda path: path.stat().st_mtime)
-    shutil.copy(newest, docs / "attention_map.png")
-    environment = json.loads((newest.parent / "env.json").read_text())
-    where = environment["device"]
-    return f"{summary.read_text().strip()}\n\nOn {where}.\n"
+    columns = ["method", "density", "accuracy", "num_samples"]
+    frame = pd.DataFrame(rows)[columns].assign(model="tiny", bench="needle")
+    draw_accuracy_density(frame, docs / "accuracy_density.png")
+    ours = next(run for run, _ in runs if run.method == "pbs")
+    shutil.copy(ours.folder / "attention_map.png", docs / "attention_map.png")
+    title = title_of(ours.folder.parent.parent, rows)
+    device = ours.environment["device"]
+    return f"{title}\n\n{to_markdown(format_columns(rows))}\n\nOn {device}.\n"
+
+
+def demo_runs(results: Results) -> list[tuple[Run, Row]]:
+    """The runs that ``make demo`` makes, in its order, with their rows.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+    """
+    found = {
+        run.method: (run, row)
+        for group in results.of("needle")
+        if group.model == "tiny"
+        for run, row in zip(group.runs, group.rows, strict=True)
+        if run.label in DEMO and run.cfg.seed == 0
+        if not changed_parameters(BENCHES, run.cfg.bench)
+    }
+    missing = [name for name in DEMO if name not in found]
+    if missing:
+        raise FileNotFoundError(
+            f"{results.path} has no finished demo run of {', '.join(missing)}; run `make demo`"
+        )
+    return [found[name] for name in DEMO]
 
 
 def table7(folder: Path) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,14 @@ from omegaconf import DictConfig
 
 from experiments.bench import BENCHES, Bench, Context
 from experiments.compare import compare_with_dense, describe
-from experiments.config import RunConfig, parameters
+from experiments.config import ConfigError, RunConfig, parameters
 from experiments.console import SampleProgress, log_to, show_messages
 from experiments.distributed import join_ranks
 from experiments.environment import describe_environment
+from experiments.failures import describe_failure, explain_failure, release_after_failure
 from experiments.matched import Calibration, calibrate
 from experiments.models import LoadedModel, load_model
+from experiments.setting_checks import check_lists
 from experiments.store import Record, RunStore, to_json, write_atomically
 from experiments.tracking import Tracker
 from pbs.methods import METHODS, AttentionMethod, build_method
@@ -36,12 +37,19 @@ def run_cell(composed: DictConfig) -> Path:
     """Run what Hydra composed, unless it is finished; returns the run's folder.
 
     Raises:
-        ConfigError: a mandatory setting has no value. All other failures are recorded in
-            ``metrics.json`` and do not raise, so that a sweep goes on.
+        ConfigError: a setting has no value or one that nothing can be run with, or the results
+            cannot be written. All other failures are recorded in ``metrics.json`` and do not
+            raise, so that a sweep goes on.
     """
     show_messages()
+    _check_folder_stays()
     with join_ranks(RunConfig.from_hydra(composed)) as cfg:
-        return _run_cell(cfg, _overrides())
+        try:
+            return _run_cell(cfg, _overrides())
+        except OSError as error:  # of this run's own files: nothing can be recorded
+            raise ConfigError(
+                f"{_title(cfg)}: cannot write the results: {explain_failure(error)}"
+            ) from error
 
 
 def _run_cell(cfg: RunConfig, overrides: list[str]) -> Path:
@@ -53,8 +61,10 @@ def _run_cell(cfg: RunConfig, overrides: list[str]) -> Path:
         try:
             cfg, calibration = calibrate(cfg, lambda: build_bench(cfg.bench))
         except Exception as error:  # as below: a cell's failure is a result
-            logger.exception("%s: failed: %s: %s", _title(cfg), type(error).__name__, error)
-            return _record_failed_calibration(cfg, overrides, error)
+            failure = describe_failure(error)
+            logger.exception("%s: failed: %s: %s", _title(cfg), failure["type"], failure["message"])
+            release_after_failure()
+            return _record_failed_calibration(cfg, overrides, failure)
     store = RunStore(cfg.folder)
     with store.lock(), log_to(store.log_path):
         if calibration is None or calibration.is_reachable:
@@ -71,10 +81,11 @@ def build_bench(settings: Mapping[str, Any]) -> Bench:
         ValueError: unknown name or parameter, or a value outside its range.
     """
     bench_class = BENCHES.load(settings["name"])
-    valid = [name for name, entry in bench_class.__dataclass_fields__.items() if entry.init]
+    valid = [entry.name for entry in fields(bench_class) if entry.init]
     for param in parameters(settings):
         if param not in valid:
             raise ValueError(unknown(f"parameter of bench {settings['name']!r}:", param, valid))
+    check_lists(bench_class, parameters(settings), "bench")
     bench: Bench = bench_class(**parameters(settings))
     return bench
 
@@ -86,7 +97,8 @@ def _run_locked(
     if not cfg.resume:
         store.clear()
     metrics = store.metrics()
-    if metrics.get("status") == "finished":
+    is_finished = metrics.get("status") == "finished"
+    if is_finished and not store.is_open:
         num_samples = metrics["results"]["total"]["num_samples"]
         logger.info(
             "%s: finished: %d samples, nothing to do (resume=false runs it again), %s",
@@ -95,9 +107,12 @@ def _run_locked(
             store.folder,
         )
         return
-    if metrics:
+    if is_finished:
+        logger.info("%s: ended after its last sample, before its pictures: making them", title)
+    elif metrics:
         logger.info("%s: %s earlier, trying again", title, metrics["status"])
         store.metrics_path.unlink()
+    store.open()
     environment = describe_environment()
     facts = _write_facts(cfg, store, overrides, environment, calibration)
     tracker = Tracker(cfg.logger, cfg.paths)
@@ -112,12 +127,13 @@ def _run_locked(
         bench, context, results = _measure(cfg, store, tracker, title)
     except Exception as error:  # the one boundary: a cell's failure is a result
         # The terminal shows the message only, run.log the traceback too.
-        logger.exception("%s: failed: %s: %s", title, type(error).__name__, error)
-        store.write_metrics({**facts, "error": _describe_error(error)})
-        tracker.finish({"status": "failed", "error": str(error)}, failed=True)
-        # A cell that ran out of memory must not starve the next one.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        failure = describe_failure(error)
+        logger.exception("%s: failed: %s: %s", title, failure["type"], failure["message"])
+        release_after_failure()
+        if not is_finished:
+            store.write_metrics({**facts, "error": failure})
+        tracker.finish({"status": "failed", "error": failure["message"]}, failed=True)
+        store.close()
         return
     metrics = {**facts, **results, "status": "finished"}
     if bench.failures:
@@ -133,6 +149,7 @@ def _run_locked(
         pictures=pictures,
         failed=bool(bench.failures),
     )
+    store.close()
     logger.info("%s: %s in %.0f s, %s", title, metrics["status"], metrics["seconds"], store.folder)
 
 
@@ -180,12 +197,14 @@ def _record_unreachable(
     store.write_metrics({**facts, "status": "unreachable", "error": error})
 
 
-def _record_failed_calibration(cfg: RunConfig, overrides: list[str], error: Exception) -> Path:
+def _record_failed_calibration(
+    cfg: RunConfig, overrides: list[str], failure: Mapping[str, str]
+) -> Path:
     """A cell that failed before its knob was set."""
     store = RunStore(cfg.folder)
     with store.lock():
         facts = _write_facts(cfg, store, overrides, describe_environment(), None)
-        store.write_metrics({**facts, "error": _describe_error(error)})
+        store.write_metrics({**facts, "error": failure})
     return cfg.folder
 
 
@@ -202,6 +221,7 @@ def _measure(
     if cfg.check and model is not None:
         gate = _check(cfg, model, method)
     done = store.samples()
+    tracker.log_earlier(done)
     with store.appending() as appender, SampleProgress(title) as progress:
         num_done = len(done)
 
@@ -238,8 +258,8 @@ def _draw(bench: Bench, context: Context) -> list[Path]:
     """The run's pictures; the result is on disk, so a picture that fails costs a warning."""
     try:
         return bench.draw(context)
-    except (ValueError, RuntimeError, OSError) as error:
-        logger.warning("no picture of this run: %s", error)
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        logger.warning("no picture of this run: %s", explain_failure(error))
         return []
 
 
@@ -266,14 +286,6 @@ def _summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {"status": metrics["status"], "partial": metrics["partial"], **numbers}
 
 
-def _describe_error(error: Exception) -> dict[str, str]:
-    return {
-        "type": type(error).__name__,
-        "message": str(error),
-        "traceback": "".join(traceback.format_exception(error)),
-    }
-
-
 def _describe_failures(failures: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """The error of a run in which some parts failed; each part's own stands under "failures"."""
     named = [
@@ -284,6 +296,14 @@ def _describe_failures(failures: Mapping[str, Mapping[str, Any]]) -> dict[str, s
         "message": f"{len(named)} parts failed: {'; '.join(named)}",
         "traceback": "\n".join(failure["traceback"] for failure in failures.values()),
     }
+
+
+def _check_folder_stays() -> None:
+    """Relative paths mean the folder of the command, in every cell and in the table at the end."""
+    if HydraConfig.initialized() and HydraConfig.get().job.chdir:
+        raise ConfigError(
+            "hydra.job.chdir is not supported: results go to paths.outputs; leave it out"
+        )
 
 
 def _overrides() -> list[str]:

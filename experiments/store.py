@@ -1,7 +1,8 @@
 """The folder of a run: ``config.yaml env.json samples.jsonl metrics.json run.log``.
 
 Samples are appended as they are made and survive a kill at any moment; ``metrics.json`` is written
-whole or not at all. A lock keeps two processes from writing the same run.
+whole or not at all. A lock keeps two processes from writing the same run, and ``.open`` marks one
+that has begun and not come to its end.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import json
 import logging
 import math
 import os
+import re
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,9 @@ import yaml
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+
+# Of files that :func:`write_atomically` has not finished: ".<name>.<process>".
+_SCRATCH = re.compile(r"\..+\.\d+")
 
 
 class RunStore:
@@ -36,12 +42,14 @@ class RunStore:
         self.metrics_path = folder / "metrics.json"
         self.config_path = folder / "config.yaml"
         self.log_path = folder / "run.log"
+        self._open_path = folder / ".open"
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for this process; waits for another process that holds it.
 
-        The operating system frees the lock when a process ends, however it ends.
+        The operating system frees the lock when a process ends, however it ends. What a killed
+        process had not finished writing is removed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / ".lock").open("w") as file:
@@ -50,7 +58,21 @@ class RunStore:
             except BlockingIOError:
                 logger.info("another process works on %s; waiting for it", self.folder)
                 fcntl.flock(file, fcntl.LOCK_EX)
+            remove_scratch(self.folder)
             yield
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a process began this run and ended, or was killed, before :meth:`close`."""
+        return self._open_path.exists()
+
+    def open(self) -> None:
+        """Mark the run as begun."""
+        self._open_path.touch()
+
+    def close(self) -> None:
+        """Mark the run as ended: metrics, pictures and tracking are done, or have failed."""
+        self._open_path.unlink(missing_ok=True)
 
     def metrics(self) -> dict[str, Any]:
         """Content of ``metrics.json``; empty if the run has not ended.
@@ -61,10 +83,16 @@ class RunStore:
         if not self.metrics_path.exists():
             return {}
         try:
-            return json.loads(self.metrics_path.read_text())
-        except ValueError as error:
-            message = f"{self.metrics_path} is no JSON: {error}"
-            return {"status": "broken", "error": {"type": "ValueError", "message": message}}
+            metrics = json.loads(self.metrics_path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            return _broken(f"{self.metrics_path} is no JSON: {error}")
+        if not isinstance(metrics, dict) or "status" not in metrics:
+            return _broken(f"{self.metrics_path} is no object with a status")
+        results = metrics.get("results")
+        has_total = isinstance(results, dict) and isinstance(results.get("total"), dict)
+        if metrics["status"] == "finished" and not has_total:
+            return _broken(f"{self.metrics_path} says finished, but has no results")
+        return metrics
 
     def samples(self) -> list[Record]:
         """All complete records, each ``sample_id`` once, in the order they were made.
@@ -81,12 +109,12 @@ class RunStore:
         for number, line in enumerate(lines[:-1], start=1):  # what follows the last "\n" is half
             try:
                 record = json.loads(line)
-            except ValueError as error:
+                records.setdefault(record["sample_id"], record)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(
                     f"{self.samples_path}, line {number} is broken ({error}); delete the line and "
                     "run the same command again: that sample is measured anew"
                 ) from error
-            records.setdefault(record["sample_id"], record)
         return list(records.values())
 
     @contextmanager
@@ -108,10 +136,19 @@ class RunStore:
         write_atomically(self.config_path, yaml.safe_dump(dict(config), sort_keys=False))
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
-        """Write ``env.json``; keeps the environment that made the samples which are there."""
+        """Write ``env.json``; keeps the environment that made the samples which are there.
+
+        A run that continues in the same environment leaves the file as it is.
+        """
         path = self.folder / "env.json"
         if path.exists() and self.samples_path.exists():
-            environment = {**environment, "resumed_from": json.loads(path.read_text())}
+            try:
+                before = json.loads(path.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError) as error:
+                before = {"error": f"was no JSON: {error}"}
+            if isinstance(before, dict) and _without_time(before) == _without_time(environment):
+                return
+            environment = {**environment, "resumed_from": before}
         write_atomically(path, to_json(environment, indent=2) + "\n")
 
     def clear(self) -> None:
@@ -138,15 +175,42 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
     return json.dumps(_finite(value), indent=indent, allow_nan=False, ensure_ascii=False)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader sees the old or the new content and nothing between."""
+    data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    try:
+        with scratch.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError:  # a full disk: half a file helps nobody and takes space
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def _without_time(environment: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in environment.items() if key not in ("time", "resumed_from")}
+
+
+def remove_scratch(folder: Path, *, older_than: float = 0.0) -> None:
+    """Remove what killed processes had not finished writing.
+
+    Args:
+        folder: not those below it.
+        older_than: in seconds; other processes may be writing younger ones.
+    """
+    for path in folder.iterdir():
+        if _SCRATCH.fullmatch(path.name):
+            with suppress(FileNotFoundError):  # written, or removed, by now
+                if time.time() - path.stat().st_mtime >= older_than:
+                    path.unlink()
+
+
+def _broken(message: str) -> dict[str, Any]:
+    return {"status": "broken", "error": {"type": "ValueError", "message": message}}
 
 
 def _finite(value: Any) -> Any:

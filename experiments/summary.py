@@ -8,24 +8,37 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments.bench import BENCHES
 from experiments.compare import config_of
+from experiments.config import LoggerConfig, PathsConfig
 from experiments.console import show_messages
-from experiments.distributed import is_follower
 from experiments.opencompass.report import report_scores
-from experiments.store import RunStore
+from experiments.ranks import is_follower
+from experiments.store import RunStore, remove_scratch
 from experiments.table import Row, make_rows, show, write
+from experiments.timing_table import timing_notes, write_table7
 from experiments.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
 PICTURE = "accuracy_density.png"
+SECONDS_OF_A_WRITE = 3600.0  # at most, by a process that works on the same group
+MARKER = ".compared"  # touched when everything over a group's runs is drawn and tracked
 
 
-def report(folders: Sequence[Path]) -> int:
+def report(
+    folders: Sequence[Path],
+    *,
+    figure: str | None = None,
+    tracking: tuple[LoggerConfig, PathsConfig] | None = None,
+) -> int:
     """Print the table of these runs, draw their pictures. Returns the exit status: 1 if one failed.
 
     Args:
         folders: run folders, in the order they ran.
+        figure: a figure of the paper to draw over them.
+        tracking: the command's own settings of W&B: a results folder may be somebody else's, and
+            what its configs say is not where to write; None tracks nothing.
     """
     show_messages()
     if is_follower():  # another process writes the results
@@ -37,36 +50,47 @@ def report(folders: Sequence[Path]) -> int:
             cells.append(folder)
     is_failed = False
     for group, cells in groups.items():
+        remove_scratch(group, older_than=SECONDS_OF_A_WRITE)
         rows = make_rows(cells)
         is_failed |= any(row["status"] not in ("finished", "unreachable") for row in rows)
+        show(group, rows)  # first: a full disk must not hide it
         write(group, rows)
-        show(group, rows)
         report_scores(group, cells)
+        tables = write_table7(group, rows)
         is_stale = _is_stale(group, cells)
         if is_stale:
             _draw(group, config_of(cells[-1]).sample_set)
+        if figure is not None:
+            _draw_figure(figure, group, cells)
         pictures = [path for folder in (group, *cells) for path in sorted(folder.glob("*.png"))]
-        for note in _notes(group, rows, pictures):
+        for note in [*_notes(group, rows, pictures), *(f"table: {path}" for path in tables)]:
             logger.info("%s", note)
         if is_stale:
-            _track(group, cells, rows, pictures)
+            if tracking is not None:
+                _track(Tracker(*tracking), group, cells, rows, pictures)
+            (group / MARKER).touch()
     return int(is_failed)
 
 
 def _is_stale(group: Path, cells: Sequence[Path]) -> bool:
-    """Whether a run is newer than the picture; if none is, there is nothing to draw or track."""
-    picture = group / PICTURE
+    """Whether a run is newer than what is drawn; if none is, there is nothing to draw or track."""
+    marker = group / MARKER
     metrics = [path for path in (cell / "metrics.json" for cell in cells) if path.exists()]
-    if not picture.exists():
+    if not marker.exists() or not (group / PICTURE).exists():
         return True
-    return any(path.stat().st_mtime > picture.stat().st_mtime for path in metrics)
+    return any(path.stat().st_mtime > marker.stat().st_mtime for path in metrics)
 
 
 def _draw(group: Path, sample_set: str) -> None:
-    """Accuracy against density over all finished runs of this bench and model on equal samples."""
-    runs = []
+    """Accuracy against density over all finished runs of this bench and model on equal samples.
+
+    And what else the bench draws over them.
+    """
+    runs, folders = [], []
     for path in sorted(group.glob("*/*/metrics.json")):
         metrics = RunStore(path.parent).metrics()
+        if metrics.get("status") == "finished" and metrics["sample_set"] == sample_set:
+            folders.append(path.parent)
         total = metrics.get("results", {}).get("total", {})
         is_known = total.get("accuracy") is not None and total.get("density") is not None
         if not is_known or metrics["sample_set"] != sample_set:
@@ -82,12 +106,25 @@ def _draw(group: Path, sample_set: str) -> None:
         from experiments.pictures import draw_accuracy_density
 
         draw_accuracy_density(pd.DataFrame(runs), group / PICTURE)
+    BENCHES.load(group.parent.name).draw_together(folders, group)
+
+
+def _draw_figure(name: str, group: Path, cells: Sequence[Path]) -> None:
+    """The results are on disk, so a figure that lacks one of its runs costs a warning."""
+    from experiments.paper_figures import draw_figure
+
+    try:
+        draw_figure(name, cells, group)
+    except ValueError as error:
+        logger.warning("no %s: %s", name, error)
 
 
 def _notes(group: Path, rows: Sequence[Row], pictures: Iterable[Path]) -> list[str]:
     """What to know and where to look."""
     notes = []
-    if any(row.get("prefill_seconds") for row in rows):
+    if any(row.get("is_timing") for row in rows):
+        notes += timing_notes(rows)
+    elif any(row.get("prefill_seconds") for row in rows):
         has_scores = any(
             row.get("score") is not None and row.get("accuracy") is None for row in rows
         )
@@ -114,11 +151,13 @@ def _first_line(text: str) -> str:
 
 
 def _track(
-    group: Path, cells: Sequence[Path], rows: Sequence[Row], pictures: Sequence[Path]
+    tracker: Tracker,
+    group: Path,
+    cells: Sequence[Path],
+    rows: Sequence[Row],
+    pictures: Sequence[Path],
 ) -> None:
     """The comparison as a W&B run of its own, one per bench and model."""
-    cfg = config_of(cells[-1])
-    tracker = Tracker(cfg.logger, cfg.paths)
     name = f"{group.parent.name}-{group.name}"
     tracker.start(
         f"comparison-{name}",
@@ -127,5 +166,6 @@ def _track(
         kind="comparison",
         config={"cells": [cell.name for cell in cells]},
     )
-    numbers = {f"accuracy/{row['label']}": row.get("accuracy") for row in rows}
+    quantity = "speed_up" if any(row.get("is_timing") for row in rows) else "accuracy"
+    numbers = {f"{quantity}/{row['label']}": row.get(quantity) for row in rows}
     tracker.finish(numbers, table=rows, pictures=pictures)

@@ -11,9 +11,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from experiments.bench import BENCHES
 from experiments.compare import compare_with_dense, config_of, dense_command, find_dense
 from experiments.config import DENSE, RunConfig
 from experiments.store import RunStore, write_atomically
+from experiments.timing_table import timing_columns, timing_numbers
 
 Row = dict[str, Any]
 
@@ -23,7 +25,7 @@ def make_rows(cells: Sequence[Path]) -> list[Row]:
     configs = {cell: config_of(cell) for cell in cells}
     rows, seen = [], set(cells)
     for cfg in configs.values():
-        dense = find_dense(cfg)
+        dense = None if times_dense(cfg) else find_dense(cfg)
         if dense is not None and dense.folder not in seen:
             seen.add(dense.folder)
             rows.append(_row(dense.folder, cfg))
@@ -48,6 +50,9 @@ def _row(folder: Path, cfg: RunConfig) -> Row:
     }
     match = metrics.get("match") or {}
     row |= {f"match_{key}": value for key, value in match.items()}
+    if times_dense(cfg) and "results" in metrics:
+        row |= {"num_samples": metrics["results"]["total"]["num_samples"]}
+        return row | timing_numbers(metrics["results"])
     if row["status"] != "finished":
         return row
     results = metrics["results"]
@@ -59,6 +64,8 @@ def _row(folder: Path, cfg: RunConfig) -> Row:
     row |= {key: results["total"].get(key) for key in totals}
     row |= {"timed_length": length}
     row |= {key: timed.get(key) for key in ("prefill_seconds", "prefill_p20", "prefill_p80")}
+    if not _is_compared(row):
+        return row
     dense = find_dense(cfg)
     if dense is None:
         row["dense_command"] = dense_command(cfg, metrics["overrides"])
@@ -74,9 +81,14 @@ def _row(folder: Path, cfg: RunConfig) -> Row:
     return row
 
 
+def times_dense(cfg: RunConfig) -> bool:
+    """Whether the run's bench times dense attention itself, in the cells of every method."""
+    return BENCHES.load(cfg.bench["name"]).times_dense
+
+
 def _tell_apart(rows: Sequence[Row], configs: Mapping[str, RunConfig]) -> None:
     """Add to equal labels what else differs between the runs, such as a swept seed."""
-    flat = {path: _flatten(cfg) for path, cfg in configs.items()}
+    flat = {path: flatten_settings(cfg) for path, cfg in configs.items()}
     for row in rows:
         twins = [other["path"] for other in rows if other["label"] == row["label"]]
         if len(twins) < 2 or any(path not in flat for path in twins):
@@ -88,7 +100,8 @@ def _tell_apart(rows: Sequence[Row], configs: Mapping[str, RunConfig]) -> None:
         row["label"] = f"{row['label']} {row.pop('suffix', '')}".strip()
 
 
-def _flatten(cfg: RunConfig) -> dict[str, str]:
+def flatten_settings(cfg: RunConfig) -> dict[str, str]:
+    """Settings of model and bench, and the seed, as text by their names."""
     tree = cfg.to_dict()
     groups = {
         f"{name}.{key}": str(value)
@@ -107,13 +120,22 @@ def _longest(results: Mapping[str, Any]) -> tuple[int | None, Mapping[str, Any]]
     return int(length), by_length[length]
 
 
-def _columns(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Heading to formatted cells."""
+def format_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Heading to formatted cells, one per row."""
+    if any(row.get("is_timing") for row in rows):
+        return timing_columns(rows)
     lengths = {row["timed_length"] for row in rows if row.get("timed_length")}
     where = f" at {lengths.pop()} tokens" if len(lengths) == 1 else ""
     matched = {}
     if any(row.get("match_target") is not None for row in rows):
         matched["target: held-out, %"] = [_target(row) for row in rows]
+    finished = [row for row in rows if row["status"] == "finished"]
+    if finished and not any(_is_compared(row) for row in finished):
+        return {
+            "method": [row["label"] for row in rows],
+            "density, %": [_percent(row, "density") or row["status"] for row in rows],
+            "coverage, %": [_percent(row, "coverage") for row in rows],
+        }
     accuracy = [_percent(row, "accuracy", "accuracy_low", "accuracy_high") for row in rows]
     has_scores = any(row.get("score") is not None and row.get("accuracy") is None for row in rows)
     return {
@@ -126,6 +148,11 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[str]]:
         f"prefill{where}, ms": [_time(row) for row in rows],
         "speed-up over dense": [_speed_up(row) for row in rows],
     }
+
+
+def _is_compared(row: Row) -> bool:
+    """Whether the bench has answers or times that a dense run can be set beside."""
+    return any(row.get(key) is not None for key in ("accuracy", "score", "prefill_seconds"))
 
 
 def _target(row: Row) -> str:
@@ -182,17 +209,17 @@ def show(group: Path, rows: Sequence[Row]) -> None:
         console = Console(width=160)
     is_narrow = console.width < 130
     table = Table(
-        title=_title(group, rows),
+        title=title_of(group, rows),
         title_justify="left",
         box=None if is_narrow else SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),
     )
-    columns = _columns(rows)
+    columns = format_columns(rows)
     # One column more, and longer names: the headings make room.
-    is_matched = "target: held-out, %" in columns
+    is_wide = "target: held-out, %" in columns or len(columns) > 10
     for index, name in enumerate(columns):
-        heading = name.replace(" ", "\n") if is_narrow or is_matched else name
+        heading = name.replace(" ", "\n") if is_narrow or is_wide else name
         if index == 0:
             table.add_column(heading, overflow="fold")
         else:
@@ -202,9 +229,11 @@ def show(group: Path, rows: Sequence[Row]) -> None:
     console.print(table)
 
 
-def _title(group: Path, rows: Sequence[Row]) -> str:
+def title_of(group: Path, rows: Sequence[Row]) -> str:
+    """Bench, model and number of samples."""
     counts = sorted({row["num_samples"] for row in rows if row.get("num_samples")})
-    samples = f"{' or '.join(map(str, counts)) or 'no'} samples a method"
+    word = "cells" if any(row.get("is_timing") for row in rows) else "samples"
+    samples = f"{' or '.join(map(str, counts)) or 'no'} {word} a method"
     partial = ", partial: a part of the bench only" if any(r["partial"] for r in rows) else ""
     return f"{group.parent.name} on {group.name}, {samples}{partial}"
 
@@ -212,7 +241,11 @@ def _title(group: Path, rows: Sequence[Row]) -> str:
 def write(group: Path, rows: Sequence[Row]) -> None:
     """The table as CSV with the raw numbers, and as Markdown."""
     write_atomically(group / "summary.csv", pd.DataFrame(rows).to_csv(index=False))
-    columns = _columns(rows)
+    text = to_markdown(format_columns(rows))
+    write_atomically(group / "summary.md", f"{title_of(group, rows)}\n\n{text}\n")
+
+
+def to_markdown(columns: Mapping[str, Sequence[str]]) -> str:
+    """A Markdown table of headings and formatted cells."""
     lines = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
-    text = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
-    write_atomically(group / "summary.md", f"{_title(group, rows)}\n\n{text}\n")
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)

@@ -1,40 +1,35 @@
-"""Measures time, stages and memory: interleaved variants, every sample kept, failures recorded.
+"""Measures time and stages: interleaved variants, every sample kept, failures recorded.
 
 Importable without hydra and wandb, as a machine with a GPU may have neither.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import re
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from experiments.controlled_density import UnreachableDensityError
 from experiments.cost_model import Rates, known_rates
+from experiments.device_memory import is_out_of_memory, release_memory
 from experiments.statistics import quantiles
 from pbs.methods.base import AttentionMethod, CallRecord
 from pbs.ops.stages import StageTimer, stage
 
 # Written before every timed call on a GPU: its second-level cache (50 MB on an H100) then holds
-# nothing of the inputs, and the host has launched the call before the device gets to it.
+# nothing of the inputs.
 FLUSH_BYTES = 256 << 20
+# Clock cycles for which a device is held: 4 ms at 2 GHz, longer than any method launches kernels.
+HOLD_CYCLES = 8_000_000
 # Seconds of a round from which on warm-up would cost more than it tells.
 LONG_ROUND = 2.0
-
-
-# glibc keeps freed memory; resident memory says nothing unless it is made to give it back.
-_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def _variant_errors() -> tuple[type[Exception], ...]:
@@ -76,7 +71,8 @@ class Failure:
     """Why a variant has no time.
 
     Attributes:
-        kind: "out of memory", "incorrect", "unavailable", "error" or "skipped".
+        kind: "out of memory"; "does not fit", known before trying; "incorrect"; "unavailable", a
+            kernel that is not there or refuses; "error"; "skipped".
         message: the first line of the error.
     """
 
@@ -87,6 +83,13 @@ class Failure:
     def of(cls, error: Exception, kind: str = "out of memory") -> Failure:
         """From an exception."""
         return cls(kind, str(error).strip().split("\n")[0][:300])
+
+    @classmethod
+    def of_variant(cls, error: Exception, *, is_dense: bool) -> Failure:
+        """From what a variant raised; a dense kernel refuses a shape by any kind of error."""
+        is_refusal = isinstance(error, NotImplementedError | UnreachableDensityError)
+        kind = "unavailable" if is_dense or is_refusal else "error"
+        return cls.of(error, "out of memory" if is_out_of_memory(error) else kind)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; ``median_ms`` is None, so that tables show a gap."""
@@ -121,10 +124,19 @@ class Effort:
 
 
 class Stopwatch:
-    """Times single calls on one device."""
+    """Times single calls on one device.
 
-    def __init__(self, device: torch.device | str) -> None:
+    Args:
+        device: where the work runs.
+        holds: on a GPU, let it wait before the call until the host has launched all of it, as in a
+            model whose earlier layers still run. The time is then the device's own; how long the
+            host takes is in ``host_ms``. Without it a short call is as slow as its launches.
+    """
+
+    def __init__(self, device: torch.device | str, *, holds: bool = False) -> None:
         self.device = torch.device(device)
+        self.holds = holds
+        self.host_ms = 0.0
         self._scratch: Tensor | None = None
         if self.device.type == "cuda":
             self._scratch = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.device)
@@ -134,14 +146,25 @@ class Stopwatch:
         if self._scratch is None:
             started = time.perf_counter()
             call()
-            return 1e3 * (time.perf_counter() - started)
+            self.host_ms = 1e3 * (time.perf_counter() - started)
+            return self.host_ms
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._scratch.zero_()
+        if self.holds:
+            hold_device(self.device)
         begin.record()
+        started = time.perf_counter()
         call()
+        self.host_ms = 1e3 * (time.perf_counter() - started)
         end.record()
         end.synchronize()
         return begin.elapsed_time(end)
+
+
+def hold_device(device: torch.device) -> None:
+    """Keep a GPU's current stream busy while the host launches what comes next."""
+    if device.type == "cuda":
+        torch.cuda._sleep(HOLD_CYCLES)
 
 
 def time_interleaved(
@@ -151,6 +174,7 @@ def time_interleaved(
     effort: Effort,
     around: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
     seconds_per_round: float | None = None,
+    holds: bool = False,
 ) -> dict[str, Timing | Failure]:
     """Time variants in turn, so that whatever drifts drifts for all of them.
 
@@ -161,11 +185,12 @@ def time_interleaved(
         around: what a variant's calls happen inside, by name, entered before the clock starts.
         seconds_per_round: a round's duration if it is known from calls that were made already;
             rounds of seconds then need no warm-up. Default: measured in a round of warm-up.
+        holds: see :class:`Stopwatch`.
 
     Returns:
         A result for every variant; one that runs out of memory is left out from then on.
     """
-    stopwatch = Stopwatch(device)
+    stopwatch = Stopwatch(device, holds=holds)
     failures: dict[str, Timing | Failure] = {}
     samples: dict[str, list[float]] = {name: [] for name in variants}
 
@@ -222,103 +247,6 @@ def run_in_stages(
     return timer.milliseconds()
 
 
-@dataclass
-class PeakMemory:
-    """Extra bytes at the fullest moment; None where the system does not tell."""
-
-    num_bytes: int | None = None
-    _before: int = field(default=0, repr=False)
-
-
-@contextmanager
-def peak_memory(device: torch.device | str) -> Iterator[PeakMemory]:
-    """Measure how far memory rises inside above what is in use at the start.
-
-    On a GPU that is PyTorch's allocator; on Linux it is the process's resident memory, which a
-    result that is still alive at the end belongs to as well.
-    """
-    peak = PeakMemory()
-    device = torch.device(device)
-    if device.type == "cuda":
-        release_memory()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield peak
-        torch.cuda.synchronize(device)
-        peak.num_bytes = torch.cuda.max_memory_allocated(device) - before
-        return
-    release_memory()
-    can_measure = _reset_resident_peak()
-    resident = _status_bytes("VmRSS")
-    yield peak
-    highest = _status_bytes("VmHWM")
-    if can_measure and resident is not None and highest is not None:
-        peak.num_bytes = max(0, highest - resident)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory, of a GPU or of the host, did not suffice."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    pattern = r"out of memory|can't allocate memory|not enough memory|cudaErrorMemoryAllocation"
-    return isinstance(error, RuntimeError) and re.search(pattern, str(error)) is not None
-
-
-def release_memory(*, collects: bool = False) -> None:
-    """Give cached memory back, before measuring or after running out of it.
-
-    Args:
-        collects: look for unreachable cycles first, such as those of an exception: takes most of a
-            second once transformers is imported.
-    """
-    if collects:
-        gc.collect()
-    if _trim is not None:
-        _trim(0)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-@contextmanager
-def poisoned_memory(device: torch.device | str, num_bytes: int) -> Iterator[None]:
-    """Inside, memory nobody has written is NaN: an output with holes cannot pass a check.
-
-    On a CPU ``torch.empty`` fills what it returns. On a GPU that would come with deterministic
-    algorithms, which need other memory and time; there blocks of the output's size are filled and
-    freed, and PyTorch's allocator hands them out again.
-
-    Args:
-        device: where the work runs.
-        num_bytes: size of the output.
-    """
-    if torch.device(device).type == "cuda":
-        _poison_free_blocks(torch.device(device), num_bytes)
-        yield
-        return
-    was_filling = torch.utils.deterministic.fill_uninitialized_memory
-    was_deterministic = torch.are_deterministic_algorithms_enabled()
-    was_warning = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = was_filling
-        torch.use_deterministic_algorithms(was_deterministic, warn_only=was_warning)
-
-
-def _poison_free_blocks(device: torch.device, num_bytes: int) -> None:
-    """Leave a few freed blocks full of bits that are NaN in every floating dtype."""
-    blocks = []
-    try:
-        for _ in range(4):
-            blocks.append(torch.full((num_bytes,), -1, dtype=torch.int8, device=device))
-    except torch.OutOfMemoryError:
-        pass  # so much is in use that less of the free memory can be filled
-    blocks.clear()
-    torch.cuda.reset_peak_memory_stats(device)
-
-
 def measure_rates(device: torch.device | str, dtype: torch.dtype) -> Rates:
     """Rates for floors: measured earlier for a known GPU, else by a matrix product and a copy."""
     device = torch.device(device)
@@ -340,24 +268,3 @@ def measure_rates(device: torch.device | str, dtype: torch.dtype) -> Rates:
         flops=2e3 * side**3 / product,
         bandwidth=2e3 * source.nbytes / copy,
     )
-
-
-def _reset_resident_peak() -> bool:
-    """Let the kernel count the peak of resident memory anew; False where it cannot."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _status_bytes(key: str) -> int | None:
-    """An entry of this process's status, in bytes."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    return None

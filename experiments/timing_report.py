@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -29,6 +30,9 @@ def summarise_times(records: Sequence[Record]) -> dict[str, Any]:
     for point in break_evens(records):
         if point["dense"] == "fastest":
             total["break_even"] = point["break_even"]
+            for cell in cells:
+                if _is_point_of(point, cell):
+                    cell["break_even"] = point["break_even"]
     return {
         "total": total,
         # Cells of one length and several shapes or densities do not make one time.
@@ -38,6 +42,35 @@ def summarise_times(records: Sequence[Record]) -> dict[str, Any]:
         "cells": cells,
         "break_even": break_evens(records),
     }
+
+
+def _is_point_of(point: Record, cell: Record) -> bool:
+    """Whether a break-even length is that of a cell's method, heads and density."""
+    is_density = point["target_density"] in (None, cell.get("target_density"))
+    return is_density and point["method"] == cell["variant"] and point["shape"] == shape_of(cell)
+
+
+def failures_of(records: Sequence[Record]) -> dict[str, dict[str, str]]:
+    """What makes a run a failed one, by length and variant, as ``Bench.failures`` has it.
+
+    Wrong outputs and errors do. Too little memory and kernels that are not there are results like
+    others, unless no method has any time.
+    """
+    found: dict[str, dict[str, str]] = {}
+    num_timed = 0
+    for record in records:
+        whole = {"inputs": record["failure"]} if "failure" in record else {}
+        num_timed += sum(entry["median_ms"] is not None for entry in record["methods"].values())
+        for name, entry in {**record["dense"], **record["methods"], **whole}.items():
+            if entry["median_ms"] is None:
+                found[f"N={record['length']} {name}"] = {
+                    "type": entry["failure"],
+                    "message": entry["message"],
+                    "traceback": "",
+                }
+    if not num_timed:
+        return found
+    return {name: one for name, one in found.items() if one["type"] in ("incorrect", "error")}
 
 
 def break_even(points: Sequence[tuple[int, float]]) -> float | None:
@@ -144,12 +177,15 @@ def lines_of(records: Sequence[Record]) -> list[str]:
     heading = (
         f"{'N':>7} {'heads':>9} {'variant':24} {'ms':>9} {'p20':>9} {'p80':>9} {'floor':>8} "
         f"{'order':>7} {'select':>7} {'gather':>7} {'attn':>8} {'dens':>6} {'cover':>6} "
-        f"{'TF/s':>7} {'of best':>7} {'x best':>7} {'MiB':>7}"
+        f"{'error':>7} {'TF/s':>7} {'of best':>7} {'x best':>7} {'MiB':>7}"
     )
+    if any("num_ranks" in record for record in records):
+        heading += f" {'comm':>5}"
     lines = [heading]
     for record in records:
         lines += [_line(record, row) for row in table_rows(record)]
         lines += _published(record)
+        lines += _by_process(record)
     for point in break_evens(records):
         where = "not reached" if point["break_even"] is None else f"{point['break_even']:.0f}"
         if point["break_even"] == point["shortest"]:
@@ -179,6 +215,8 @@ def draw_speed_up(records: Sequence[Record], path: Path) -> list[Path]:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
+    from experiments.store import write_atomically
+
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for label, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
@@ -187,7 +225,9 @@ def draw_speed_up(records: Sequence[Record], path: Path) -> list[Path]:
     axes.set_xlabel("tokens")
     axes.set_ylabel("speed-up over dense (median)")
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    write_atomically(path, content.getvalue())
     plt.close(figure)
     return [path]
 
@@ -218,7 +258,7 @@ def _line(record: Record, row: Record) -> str:
     if row.get("median_ms") is None:
         return f"{start} {row.get('failure')}: {row.get('message', '')[:100]}"
     stages = {name: row.get(f"{name}_ms") for name in STAGES}
-    peak = row.get("peak_bytes")
+    peak, share = row.get("peak_bytes"), row.get("communication_share")
     tflops = row.get("attention_tflops", row.get("tflops"))
     reason = f"  ran dense: {row['dense_reason']}" if row.get("dense_reason") else ""
     return (
@@ -226,16 +266,24 @@ def _line(record: Record, row: Record) -> str:
         f"{_number(row.get('floor_ms'), 8, 3)} {_number(stages['order'], 7, 3)} "
         f"{_number(stages['selection'], 7, 3)} {_number(stages['gather'], 7, 3)} "
         f"{_number(stages['attention'], 8, 3)} {_number(row.get('density'), 6, 3)} "
-        f"{_number(row.get('coverage'), 6, 3)} {_number(tflops, 7, 2)} "
+        f"{_number(row.get('coverage'), 6, 3)} {_error(row.get('relative_error'))} "
+        f"{_number(tflops, 7, 2)} "
         f"{_number(row.get('share_of_dense_tflops'), 7, 2)} "
         f"{_number(row.get('speed_up_over_fastest'), 7, 2)} "
-        f"{_number(None if peak is None else peak / 2**20, 7, 0)}{reason}"
+        f"{_number(None if peak is None else peak / 2**20, 7, 0)}"
+        f"{'' if share is None else f' {share:5.2f}'}{reason}"
     )
+
+
+def has_published_times(record: Record) -> bool:
+    """Whether the paper's Table 7 has a row for this cell."""
+    is_paper = shape_of(record) == "32/8/128" and record.get("dtype") == "bfloat16"
+    return is_paper and any(row.length == record["length"] for row in TABLE7)
 
 
 def _published(record: Record) -> list[str]:
     """The paper's row for this cell, if it has one."""
-    if shape_of(record) != "32/8/128" or record.get("dtype") != "bfloat16":
+    if not has_published_times(record):
         return []
     return [
         f"{row.length:>7}  32/8/128 {'published (H100), dense':24} {row.dense_ms:9.2f}\n"
@@ -247,8 +295,26 @@ def _published(record: Record) -> list[str]:
     ]
 
 
+def _by_process(record: Record) -> list[str]:
+    """Memory and density of each of the processes that share a model."""
+    lines = []
+    for label, entry in {**record["dense"], **record["methods"]}.items():
+        totals = entry.get("total_bytes_by_rank")
+        if not totals or entry.get("median_ms") is None:
+            continue
+        memory = ", ".join("?" if one is None else f"{one / 2**30:.2f}" for one in totals)
+        densities = ", ".join(f"{one:.3f}" for one in entry.get("density_by_rank", ()))
+        suffix = f"; density {densities}" if densities else ""
+        lines.append(f"{record['length']:>7} by process: {label}: {memory} GiB{suffix}")
+    return lines
+
+
 def _number(value: float | None, width: int, digits: int) -> str:
     return " " * width if value is None else f"{value:{width}.{digits}f}"
+
+
+def _error(value: float | None) -> str:
+    return " " * 7 if value is None else f"{value:7.0e}"
 
 
 def _mean(values: Any) -> float | None:

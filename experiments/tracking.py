@@ -74,12 +74,23 @@ class Tracker:
         """The numbers of one sample."""
         if self._run is None:
             return
-        numbers = {
-            f"sample/{key}": float(value)
-            for key, value in record.items()
-            if isinstance(value, Number)
-        }
-        self._attempt(lambda: self._run.log({**numbers, "num_done": num_done}))
+        self._attempt(lambda: self._run.log(_numbers(record, num_done)))
+
+    def log_earlier(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """The samples of earlier processes: W&B loses what it had not written when one is killed.
+
+        Online W&B knows how many it has; offline every restart has a file of its own, with all.
+        """
+        if self._run is None or not records:
+            return
+
+        def log() -> None:
+            num_known = self._run.step
+            for num_done, record in enumerate(records, start=1):
+                if num_done > num_known:
+                    self._run.log(_numbers(record, num_done))
+
+        self._attempt(log)
 
     def finish(
         self,
@@ -132,6 +143,14 @@ class Tracker:
                 type(error).__name__,
                 error,
             )
+
+
+def _numbers(record: Mapping[str, Any], num_done: int) -> dict[str, float]:
+    """What a sample's record says in numbers, and its place among all."""
+    numbers = {
+        f"sample/{key}": float(value) for key, value in record.items() if isinstance(value, Number)
+    }
+    return {**numbers, "num_done": num_done}
 
 
 def _cell(value: Any) -> Any:

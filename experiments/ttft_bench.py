@@ -8,12 +8,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from experiments.bench import Bench, Context
 from experiments.config import ConfigError
-from experiments.store import Record
-from experiments.timing_report import draw_speed_up, lines_of, summarise_times, write_times
+from experiments.store import Record, RunStore
+from experiments.timing_report import (
+    draw_speed_up,
+    failures_of,
+    lines_of,
+    summarise_times,
+    write_times,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +48,8 @@ class TtftBench(Bench):
         max_rounds: prefills of each variant at most.
     """
 
+    times_dense: ClassVar[bool] = True
+
     lengths: list[int] = field(default_factory=lambda: [1024, 2048, 4096, 8192])
     densities: list[float] | None = None
     texts: str | None = None
@@ -68,7 +76,7 @@ class TtftBench(Bench):
         from experiments.compare import describe
         from experiments.dense_kernels import dense_kernels
         from experiments.prefill_timing import measure_prefill
-        from experiments.timing import Effort
+        from experiments.timing import Effort, measure_rates
 
         model, cfg = context.model, context.cfg
         assert model is not None
@@ -77,9 +85,7 @@ class TtftBench(Bench):
                 f"bench.lengths has {max(self.lengths)}, the model takes {model.max_length} tokens "
                 "at most; choose shorter lengths, or raise model.max_length if you know better"
             )
-        rounds = self.min_rounds, self.max_rounds
-        if cfg.model.tp:  # every process must make the same calls, whatever its clock says
-            rounds = self.min_rounds, self.min_rounds
+        rates = measure_rates(model.device, model.model.dtype)
         context.announce(len(self.lengths))
         for index, length in enumerate(self.lengths):
             if f"N{length}" in context.done:
@@ -90,11 +96,18 @@ class TtftBench(Bench):
                 self._prompts(model, length, cfg.seed),
                 {describe(cfg.method): context.method},
                 list(dense_kernels(model.device, self.dense)),
-                effort=Effort(self.seconds, *rounds),
+                effort=Effort(self.seconds, *self.rounds(is_shared=cfg.model.tp)),
                 density=None if self.densities is None else self.densities[index],
+                rates=rates,
             )
+            record["rates"] = rates.name
             record["seconds"] = time.perf_counter() - started
             context.add({"sample_id": f"N{length}", "weights": cfg.model.weights, **record})
+        self.failures = failures_of(RunStore(context.folder).samples())
+
+    def rounds(self, *, is_shared: bool) -> tuple[int, int]:
+        """Fewest and most rounds; processes that share a model cannot each follow their clock."""
+        return self.min_rounds, self.min_rounds if is_shared else self.max_rounds
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
         """See the base class; with the break-even length over every dense kernel."""
@@ -102,8 +115,6 @@ class TtftBench(Bench):
 
     def draw(self, context: Context) -> list[Path]:
         """Speed-up against length; the table goes to the log and to ``times.csv``."""
-        from experiments.store import RunStore
-
         records = RunStore(context.folder).samples()
         write_times(records, context.folder / "times.csv")
         for line in lines_of(records):
@@ -128,32 +139,33 @@ class TtftBench(Bench):
         ]
 
 
-def read_texts(path: Path, count: int) -> list[str]:
+def read_texts(path: Path, count: int, *, setting: str = "bench.texts") -> list[str]:
     """The longest texts of a file, longest first.
 
     Args:
         path: JSON (a list) or JSON lines; each entry has a text under "context".
         count: how many.
+        setting: what the user set to this path, for error messages.
 
     Raises:
         ConfigError: no such file, or an entry without a text.
     """
     if not path.is_file():
-        raise ConfigError(f"bench.texts={path}: no such file")
-    content = path.read_text()
+        raise ConfigError(f"{setting}={path}: no such file")
     try:
+        content = path.read_text(encoding="utf-8")
         if content.lstrip().startswith("["):
             entries = json.loads(content)
         else:
             entries = [json.loads(line) for line in content.splitlines() if line.strip()]
         texts = [entry["context"] for entry in entries]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
-            f'bench.texts={path}: expected a text under "context" in every entry of a JSON list or '
+            f'{setting}={path}: expected a text under "context" in every entry of a JSON list or '
             f"of JSON lines ({type(error).__name__}: {error})"
         ) from error
-    if not texts:
-        raise ConfigError(f"bench.texts={path} has no texts")
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ConfigError(f"{setting}={path} has no texts, or one that is empty or no text")
     return sorted(texts, key=len, reverse=True)[:count]
 
 

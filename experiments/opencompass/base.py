@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-import traceback
 from abc import abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -158,7 +157,11 @@ class OpenCompassBench(Bench):
         from experiments.opencompass.harness import quiet
 
         self.failures.clear()
-        parts = self.parts()
+        parts = [
+            part
+            for part in self.parts()
+            if self.attempt(part, lambda part=part: self.num_used(part))  # reads its file
+        ]
         context.announce(sum(self.num_used(part) for part in parts))
         known = {record["sample_id"]: record for record in RunStore(context.folder).samples()}
         # OpenCompass would continue from files of its own; ours are the truth.
@@ -168,11 +171,11 @@ class OpenCompassBench(Bench):
             if context.cfg.runner.name != "process":
                 from experiments.opencompass.cluster import run_parts
 
-                run_parts(self, context, known, work_dir)
+                run_parts(self, parts, context, known, work_dir)
             else:
                 self._run_here(parts, context, known, work_dir)
         if self.failures:
-            logger.warning("%d of %d parts failed", len(self.failures), len(parts))
+            logger.warning("%d of %d parts failed", len(self.failures), len(self.parts()))
 
     def _run_here(
         self,
@@ -193,23 +196,25 @@ class OpenCompassBench(Bench):
                     part, lambda part=part: self.run_part(part, model, context, known, work_dir)
                 )
 
-    def attempt(self, part: Part, action: Callable[[], None]) -> None:
-        """Do something for a part; an error is recorded and ends this part only."""
+    def attempt(self, part: Part, action: Callable[[], object]) -> bool:
+        """Do something for a part, and say whether it worked: an error ends this part only."""
         try:
             action()
+            return True
         except Exception as error:  # a part's failure is a result
-            logger.exception("%s failed: %s: %s", part.key, type(error).__name__, error)
+            from experiments.failures import release_after_failure
+
             self.fail(part, error)
-            empty_cache()  # a part that ran out of memory must not starve the next one
+            failure = self.failures[part.key]
+            logger.exception("%s failed: %s: %s", part.key, failure["type"], failure["message"])
+            release_after_failure()
+            return False
 
     def fail(self, part: Part, error: BaseException) -> None:
         """Note that a part has no result."""
-        self.failures[part.key] = {
-            **part.labels,
-            "type": type(error).__name__,
-            "message": str(error),
-            "traceback": "".join(traceback.format_exception(error)),
-        }
+        from experiments.failures import describe_failure
+
+        self.failures[part.key] = {**part.labels, **describe_failure(error)}
 
     def make_task(self, part: Part, cfg: RunConfig, work_dir: Path) -> EvaluatedTask:
         """The part as OpenCompass runs it; the abbreviation holds the identity of the run."""
@@ -319,14 +324,6 @@ class OpenCompassBench(Bench):
             }
 
         return scale(ours), scale(dense)
-
-
-def empty_cache() -> None:
-    """Give memory back to the GPU, if there is one."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def measure(records: Sequence[Record]) -> dict[str, Any]:

@@ -43,7 +43,11 @@ class WorkerError(RuntimeError):
 
 
 def run_parts(
-    bench: OpenCompassBench, context: Context, known: Mapping[str, Record], work_dir: Path
+    bench: OpenCompassBench,
+    parts: Sequence[Part],
+    context: Context,
+    known: Mapping[str, Record],
+    work_dir: Path,
 ) -> None:
     """Answer all parts that are not complete in processes of their own, then evaluate all.
 
@@ -61,7 +65,7 @@ def run_parts(
     folder = context.folder.resolve()
     if not cfg.resume:
         shutil.rmtree(folder / "workers", ignore_errors=True)
-    open_parts = [part for part in bench.parts() if _num_known(part, known) < bench.num_used(part)]
+    open_parts = [part for part in parts if _num_known(part, known) < bench.num_used(part)]
     configs = [_task_config(bench, part, cfg, folder, work_dir) for part in open_parts]
     logs = dict(zip((part.key for part in open_parts), map(_log_of, configs), strict=True))
     with _inside(work_dir):
@@ -75,7 +79,7 @@ def run_parts(
     tokenizer = AutoTokenizer.from_pretrained(
         resolve_path(cfg.model.path), trust_remote_code=cfg.model.trust_remote_code
     )
-    for part in bench.parts():
+    for part in parts:
         answers = RunStore(_worker_folder(folder, part)).samples()
         model = AnsweredModel(tokenizer, bench.chat_options, answers, logs.get(part.key))
         bench.attempt(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import ROOT, ConfigError
+from experiments.opencompass.columns import Column, any_value, problem
 
 Row = dict[str, Any]
 
@@ -24,10 +26,12 @@ def find_folder(data_dir: str) -> Path:
     Raises:
         MissingDataError: no such folder.
     """
-    for folder in (Path(data_dir).expanduser(), ROOT / data_dir):
-        if folder.is_dir():
+    for folder in (Path(os.path.expanduser(data_dir)), ROOT / data_dir):
+        if data_dir and folder.is_dir():
             return folder.resolve()
-    raise MissingDataError(f"bench.data_dir={data_dir}: no such folder")
+    raise MissingDataError(
+        f"bench.data_dir={data_dir}: no such folder; give the folder with the benchmark's files"
+    )
 
 
 def fetch(repository: str, filename: str, *, advice: str) -> Path:
@@ -71,56 +75,93 @@ def read_lines(path: Path, member: str | None = None) -> Iterator[Row]:
 
     Raises:
         MissingDataError: the archive has no such member.
-        ValueError: a line that is no JSON.
+        ValueError: no text in UTF-8, or a line that is no JSON.
     """
-    if member is None:
-        text = path.read_text(encoding="utf-8")
-    else:
-        with zipfile.ZipFile(path) as archive:
-            if member not in archive.namelist():
-                raise MissingDataError(f"{path} has no {member} inside")
-            text = archive.read(member).decode("utf-8")
+    where = str(path) if member is None else f"{path}, {member}"
     # Not splitlines(): texts may hold characters it takes for the end of a line.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            where = f"{path}, line {number}" if member is None else f"{path}, {member}, {number}"
-            raise ValueError(f"{where}: no JSON: {error}") from error
+    for number, line in enumerate(read_text(path, member).split("\n"), start=1):
+        if line.strip():
+            yield parse_json(line, f"{where}, line {number}")
 
 
-def read_rows(path: str | Path, columns: Sequence[str], member: str | None = None) -> list[Row]:
-    """The named columns of all rows; kept in memory for the next call with the same file.
+def read_text(path: Path, member: str | None = None) -> str:
+    """A file in UTF-8, with or without a byte order mark, or one inside a zip archive.
+
+    Raises:
+        MissingDataError: the archive has no such member.
+        ValueError: neither UTF-8 nor an archive.
+    """
+    try:
+        content = path.read_bytes() if member is None else _read_member(path, member)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is no zip archive that can be read ({error}); download it again"
+        ) from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{member or path} is no text in UTF-8 (byte {error.start}); convert it, as with "
+            "iconv -t utf-8, or download it again"
+        ) from error
+
+
+def _read_member(path: Path, member: str) -> bytes:
+    """In memory: nothing of an archive is ever written to disk."""
+    with zipfile.ZipFile(path) as archive:
+        if member not in archive.namelist():
+            raise MissingDataError(f"{path} has no {member} inside")
+        return archive.read(member)
+
+
+def parse_json(text: str, where: str) -> Any:
+    """JSON without NaN and infinity.
+
+    Raises:
+        ValueError: naming ``where``.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: no JSON: {error}; download the file again") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def read_rows(
+    path: str | Path, columns: Sequence[str | Column], member: str | None = None
+) -> list[Row]:
+    """Some columns of all rows; kept in memory for the next call with the same file.
 
     Args:
         path: JSON lines, a JSON list, or a zip archive that holds JSON lines.
-        columns: to read, all of which every row must have.
+        columns: to read, all of which every row must have; a name alone may hold any value.
         member: file in the archive.
 
     Raises:
-        ValueError: a row without one of the columns, or no rows.
+        ValueError: a row without one of the columns or with a wrong value, or no rows.
     """
     path = Path(path)
-    return _read_rows(path, tuple(columns), member, path.stat().st_mtime_ns)
+    known = tuple(any_value(name) if isinstance(name, str) else name for name in columns)
+    return _read_rows(path, known, member, path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=1)
 def _read_rows(
-    path: Path, columns: tuple[str, ...], member: str | None, _changed: int
+    path: Path, columns: tuple[Column, ...], member: str | None, _changed: int
 ) -> list[Row]:
     is_list = member is None and path.suffix == ".json"
-    rows = json.loads(path.read_text(encoding="utf-8")) if is_list else read_lines(path, member)
+    rows = parse_json(read_text(path), str(path)) if is_list else read_lines(path, member)
+    if is_list and not isinstance(rows, list):
+        raise ValueError(f"{path}: expected a JSON list of rows, got {rows!r:.60}")
     kept = []
     for number, row in enumerate(rows):
-        absent = [column for column in columns if column not in row]
-        if absent:
-            raise ValueError(
-                f"{member or path}, row {number}: expected the columns {', '.join(columns)}, "
-                f"missing {', '.join(absent)}"
-            )
-        kept.append({column: row[column] for column in columns})
+        wrong = problem(row, columns)
+        if wrong:
+            raise ValueError(f"{member or path}, row {number}: {wrong}")
+        kept.append({column.name: row[column.name] for column in columns})
     if not kept:
-        raise ValueError(f"{member or path} has no rows")
+        raise ValueError(f"{member or path} has no rows; download it again")
     return kept

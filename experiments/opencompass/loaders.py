@@ -11,7 +11,7 @@ from opencompass.datasets.base import BaseDataset
 from opencompass.registry import LOAD_DATASET
 
 from experiments.opencompass.files import read_rows
-from experiments.opencompass.longbench import CLASSIFICATION
+from experiments.opencompass.longbench import CLASSIFICATION, columns_of
 from experiments.opencompass.longbench_v2 import COLUMNS
 
 
@@ -28,10 +28,9 @@ class LongBenchFile(BaseDataset):
             name: the task.
         """
         member = f"data/{name}.jsonl" if path.endswith(".zip") else None
-        columns = ["input", "context", "answers"]
+        rows = read_rows(path, columns_of(name), member)
         if name not in CLASSIFICATION:
-            return Dataset.from_list(read_rows(path, columns, member))
-        rows = read_rows(path, [*columns, "all_classes"], member)
+            return Dataset.from_list(rows)
         return Dataset.from_list(
             [
                 {

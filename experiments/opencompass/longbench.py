@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from experiments.opencompass.base import OpenCompassBench, Part, mean
+from experiments.opencompass.columns import Column, filled_text, text, texts
 from experiments.opencompass.files import fetch, find_folder, read_rows, require
 from experiments.store import Record
 
@@ -80,7 +82,7 @@ class LongBench(OpenCompassBench):
         """See the base class."""
         path = self._paths[part.key]
         member = f"data/{part.key}.jsonl" if path.suffix == ".zip" else None
-        return len(read_rows(path, ["answers"], member))
+        return len(read_rows(path, columns_of(part.key), member))
 
     def dataset(self, part: Part, cfg: RunConfig) -> Any:  # noqa: ARG002 - as above
         """See the base class."""
@@ -110,6 +112,13 @@ class LongBench(OpenCompassBench):
         categories = {category_of(task) for task in present}
         siblings = present & set(CATEGORIES[category_of(labels["task"])])
         return 1 / (len(categories) * len(siblings))
+
+
+@cache
+def columns_of(task: str) -> tuple[Column, ...]:
+    """What a task's rows must hold: a document, its question (or none) and the right answers."""
+    columns = (text("input"), filled_text("context"), texts("answers"))
+    return (*columns, texts("all_classes")) if task in CLASSIFICATION else columns
 
 
 def category_of(task: str) -> str:

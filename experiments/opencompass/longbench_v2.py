@@ -11,18 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from experiments.opencompass.base import OpenCompassBench, Part, group, measure
+from experiments.opencompass.columns import filled_text, one_of, text
 from experiments.opencompass.files import fetch, find_folder, read_rows, require
 from experiments.store import Record
 
 if TYPE_CHECKING:
     from experiments.config import RunConfig
 
-COLUMNS = (
-    *("question", "context", "answer", "choice_A", "choice_B", "choice_C", "choice_D"),
-    *("difficulty", "length"),
-)
 DIFFICULTIES = ("easy", "hard")
 LENGTHS = ("short", "medium", "long")
+CHOICES = ("A", "B", "C", "D")
+COLUMNS = (
+    filled_text("question"),
+    filled_text("context"),
+    one_of("answer", *CHOICES),
+    *(text(f"choice_{letter}") for letter in CHOICES),
+    one_of("difficulty", *DIFFICULTIES),
+    one_of("length", *LENGTHS),
+)
 REPOSITORY, FILE = "THUDM/LongBench-v2", "data.json"
 ADVICE = (
     f"Get {FILE} from https://huggingface.co/datasets/{REPOSITORY}: bench.data_dir=DIR expects "

@@ -16,11 +16,17 @@ from opencompass.models.huggingface_above_v4_33 import (
     _get_meta_template,
 )
 from opencompass.registry import MODELS
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
-from experiments.distributed import mean_over_ranks
 from experiments.models import LoadedModel
+from experiments.needle import NOT_FINITE
 from experiments.opencompass.truncation import cut_middle, prompt_limit
+from experiments.ranks import mean_over_ranks
 from experiments.store import Record
 from pbs.patch.huggingface import PatchReport, get_patch
 
@@ -127,6 +133,7 @@ class PatchedModel(BaseModel):
                 do_sample=False,
                 pad_token_id=self._pad_token_id(),
                 eos_token_id=self._end_token_ids() or None,
+                logits_processor=LogitsProcessorList([_FiniteLogits()]),
                 stopping_criteria=StoppingCriteriaList([first_token]),
             )
         answer = out[0, ids.shape[1] :]
@@ -184,6 +191,15 @@ class PatchedModel(BaseModel):
         if self.tokenizer.pad_token_id is not None:
             return self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id
+
+
+class _FiniteLogits(LogitsProcessor):
+    """Changes nothing; refuses logits whose largest entry is no answer."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        if not scores.max(dim=-1).values.isfinite().all():  # NaN counts as the largest
+            raise ValueError(NOT_FINITE)
+        return scores
 
 
 class _FirstToken(StoppingCriteria):

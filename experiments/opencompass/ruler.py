@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from experiments.bench import Context
 from experiments.opencompass.base import OpenCompassBench, Part, group, mean, measure
 from experiments.opencompass.files import find_folder, require
 from experiments.store import Record
@@ -36,6 +37,7 @@ TASKS: dict[str, str | None] = {
 FREE_TASKS = tuple(task for task, file in TASKS.items() if file is None)
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 NUM_SAMPLES = 100
+MAX_SAMPLES = 100_000
 # OpenCompass's config files, and the list in each.
 _STOCK = {kind: (f"ruler/ruler_{kind}_gen.py", f"{kind}_datasets") for kind in
           ("niah", "vt", "fwe", "cwe", "qa")}  # fmt: skip
@@ -74,8 +76,10 @@ class Ruler(OpenCompassBench):
             raise ValueError(
                 f"bench.lengths must name at least one length, each once, got {self.lengths}"
             )
-        if self.num_samples < 1:
-            raise ValueError(f"bench.num_samples must be at least 1, got {self.num_samples}")
+        if not 1 <= self.num_samples <= MAX_SAMPLES:
+            raise ValueError(
+                f"bench.num_samples must lie in [1, {MAX_SAMPLES}], got {self.num_samples}"
+            )
 
     @property
     def is_partial(self) -> bool:
@@ -85,12 +89,8 @@ class Ruler(OpenCompassBench):
 
     def prepare_data(self, cfg: RunConfig) -> None:
         """See the base class; also that no length is more than the model takes, if that is set."""
-        limit = cfg.model.max_length
-        if limit is not None and max(self.lengths) > limit:
-            raise ValueError(
-                f"bench.lengths has {max(self.lengths)}, but model.max_length={limit}; choose "
-                "shorter lengths, or raise model.max_length if you know better"
-            )
+        if cfg.model.max_length is not None:
+            self._check_lengths(cfg.model.max_length)
         files = sorted({TASKS[task] for task in self.tasks} - {None})
         if not files:
             self._folder = None
@@ -98,6 +98,19 @@ class Ruler(OpenCompassBench):
         folder = find_folder(self.data_dir) if self.data_dir else Path("DIR")
         require([folder / file for file in files], advice=ADVICE)
         self._folder = folder
+
+    def run(self, context: Context) -> None:
+        """See the base class; also that the model takes all lengths: a cut prompt lost needles."""
+        if context.model is not None:
+            self._check_lengths(context.model.max_length)
+        super().run(context)
+
+    def _check_lengths(self, limit: int) -> None:
+        if max(self.lengths) > limit:
+            raise ValueError(
+                f"bench.lengths has {max(self.lengths)}, but model.max_length={limit}; choose "
+                "shorter lengths, or raise model.max_length if you know better"
+            )
 
     def parts(self) -> list[Part]:
         """See the base class."""
@@ -114,14 +127,18 @@ class Ruler(OpenCompassBench):
     def dataset(self, part: Part, cfg: RunConfig) -> Any:
         """See the base class."""
         from experiments.models import resolve_path
+        from experiments.opencompass.ruler_data import CheckedRuler
 
-        return make_dataset(
+        config = make_dataset(
             part.labels["task"],
             length=part.labels["length"],
             num_samples=self.num_used(part),
             tokenizer=resolve_path(cfg.model.path),
             folder=self._folder,
         )
+        config["stock"], config["type"] = config["type"], CheckedRuler
+        config["trust_remote_code"] = cfg.model.trust_remote_code
+        return config
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
         """See the base class; also by length, a mean over the tasks."""

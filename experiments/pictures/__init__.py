@@ -1,17 +1,27 @@
-"""Pictures of results: accuracy against density, and attention maps with the computed tiles."""
+"""Pictures of results: accuracy and coverage against density, heads, attention maps."""
 
 from experiments.pictures.accuracy_density import draw_accuracy_density
 from experiments.pictures.attention_maps import draw_attention_maps
-from experiments.pictures.capture import CapturedCall, capture_call, choose_head
+from experiments.pictures.capture import (
+    CapturedCall,
+    capture_call,
+    capture_calls,
+    choose_head,
+    choose_heads,
+)
 from experiments.pictures.looks import LOOKS, Look, look_of
+from experiments.pictures.map_gallery import draw_map_gallery
 
 __all__ = [
     "LOOKS",
     "CapturedCall",
     "Look",
     "capture_call",
+    "capture_calls",
     "choose_head",
+    "choose_heads",
     "draw_accuracy_density",
     "draw_attention_maps",
+    "draw_map_gallery",
     "look_of",
 ]

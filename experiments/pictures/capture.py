@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,14 @@ class CapturedCall:
 def capture_call(
     model: PreTrainedModel, input_ids: Tensor, method: AttentionMethod, *, layer: int
 ) -> CapturedCall:
-    """Run a prompt through the model under a method and copy what one layer's call saw.
+    """As :func:`capture_calls`, for one layer."""
+    return capture_calls(model, input_ids, method, layers=[layer])[0]
+
+
+def capture_calls(
+    model: PreTrainedModel, input_ids: Tensor, method: AttentionMethod, *, layers: Sequence[int]
+) -> list[CapturedCall]:
+    """Run a prompt through the model under a method and copy what some layers' calls saw.
 
     The model's attention and the method's recorder are restored.
 
@@ -46,10 +54,13 @@ def capture_call(
         model: the model, not patched.
         input_ids: one prompt without padding, int ``[1, N]`` or ``[N]``, N at least 2.
         method: what takes the place of attention.
-        layer: whose call to copy.
+        layers: whose calls to copy.
+
+    Returns:
+        One call per layer, in the order of ``layers``.
 
     Raises:
-        ValueError: not one prompt, or the method was never called for the layer.
+        ValueError: not one prompt, or the method was never called for one of the layers.
     """
     from pbs.patch.huggingface import apply_patch_with_prefill
 
@@ -59,17 +70,18 @@ def capture_call(
         raise ValueError(
             f"expected one prompt of two or more tokens [1, N], got shape {tuple(input_ids.shape)}"
         )
-    captured: list[CapturedCall] = []
+    captured: dict[int, CapturedCall] = {}
     seen: set[int] = set()
 
     def record(call: CallRecord) -> None:
-        if call.layer_idx is not None:
-            seen.add(call.layer_idx)
-        if call.layer_idx == layer:
+        if call.layer_idx is None:
+            return
+        seen.add(call.layer_idx)
+        if call.layer_idx in layers:
             q, k = call.q.detach().clone(), call.k.detach().clone()
             # Without the gathered keys, which are as large as k times the query heads per KV head.
             plan = replace(call.plan, ordered_keys=None)
-            captured.append(CapturedCall(layer, q, k, call.scale, plan))
+            captured[call.layer_idx] = CapturedCall(call.layer_idx, q, k, call.scale, plan)
 
     recorder, method.recorder = method.recorder, record
     try:
@@ -77,12 +89,13 @@ def capture_call(
             patched(input_ids=input_ids.to(patched.device), use_cache=False, logits_to_keep=1)
     finally:
         method.recorder = recorder
-    if not captured:
-        raise ValueError(
-            f"the method was not called for layer {layer}, only for {sorted(seen)}; skipped and "
-            "special layers are not its own"
-        )
-    return captured[0]
+    for layer in layers:
+        if layer not in captured:
+            raise ValueError(
+                f"the method was not called for layer {layer}, only for {sorted(seen)}; skipped "
+                "and special layers are not its own"
+            )
+    return [captured[layer] for layer in layers]
 
 
 def choose_head(captured: CapturedCall, plan_before: AttentionPlan | None = None) -> int:
@@ -115,6 +128,23 @@ def choose_head(captured: CapturedCall, plan_before: AttentionPlan | None = None
         means = weights[:, 1:num_candidates].mean(dim=0)
         strengths.append(float(means.topk(max(1, num_candidates // 100)).values.sum()))
     return int(np.argmax(strengths))
+
+
+def choose_heads(plan: AttentionPlan, plan_before: AttentionPlan | None, count: int) -> list[int]:
+    """Query heads of the first sequence for a gallery, from most to least tiles saved.
+
+    Args:
+        plan: with the permutation.
+        plan_before: without it; None: by density alone, densest first.
+        count: how many, evenly spread over the ranking, both ends among them.
+    """
+    saved = plan.density()[0]
+    if plan_before is not None:
+        saved = plan_before.density()[0] - saved
+    ranking = saved.argsort(descending=True, stable=True).tolist()
+    count = min(count, len(ranking))
+    places = torch.linspace(0, len(ranking) - 1, count).round().long().tolist()
+    return [ranking[place] for place in places]
 
 
 def causal_probabilities(q: Tensor, k: Tensor, positions: Tensor, scale: float) -> Tensor:

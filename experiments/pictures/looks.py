@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from experiments.store import write_atomically
 
 DPI = 100
 DENSE_METHOD = "flash"
@@ -34,6 +38,18 @@ LOOKS: dict[str, Look] = {
     "streaming": Look("#56B4E9", "X", "StreamingLLM"),
     "prism": Look("#999933", "h", "Prism"),
 }
+# PBS by key order, and with one order per key/value head. Without a permutation it is MeanPooling,
+# and in the paper's order the PBS of all other pictures: they have those colours.
+ORDER_LOOKS: dict[str, Look] = {
+    "none": Look(LOOKS["meanpool"].colour, "s", "no permutation"),
+    "random": Look("#888888", "X", "random"),
+    "random_query": Look("#AA4499", "<", "random queries"),
+    "avg_query": Look("#332288", "^", "average query"),
+    "last_block": Look(LOOKS["pbs"].colour, "o", "last block (PBS)"),
+    "greedy": Look("#117733", "P", "greedy"),
+    "adaptive": Look("#661100", "D", "adaptive"),
+}
+SHARED_LOOK = Look("#4422EE", "D", "shared by the group")
 # For methods that the table does not know.
 _SPARE_COLOURS = ("#332288", "#44AA99", "#AA4499", "#117733", "#661100", "#888888")
 _SPARE_MARKERS = ("<", ">", "p", "d", "8", "H")
@@ -51,6 +67,27 @@ def look_of(method: str) -> Look:
     )
 
 
+def look_of_order(order: str) -> Look:
+    """The look of PBS in a key order; an unknown one gets the same look in every run."""
+    return ORDER_LOOKS.get(order, look_of(order))
+
+
+def look_of_settings(settings: Mapping[str, Any]) -> Look:
+    """The look of a method with its parameters (and "name"), told apart by what permutes the keys.
+
+    PBS in another key order than its own has that order's look, PBS with one order per key/value
+    head the look of sharing; everything else has its method's look.
+    """
+    if settings["name"] != "pbs":
+        return look_of(settings["name"])
+    order = settings.get("order", "last_block")
+    if order != "last_block":
+        return look_of_order(order)
+    if settings.get("gqa") == "shared":
+        return SHARED_LOOK
+    return look_of("pbs")
+
+
 def new_figure(width: float, height: float) -> Figure:
     """A figure of this size in inches that needs no display and no global state."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
@@ -59,8 +96,9 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write the picture, with missing folders, and return where it is."""
+    """Write the picture, whole or not at all, with missing folders, and return where it is."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:], dpi=DPI)
+    write_atomically(path, content.getvalue())
     return path

@@ -47,7 +47,7 @@ def _slowness() -> float:
     [
         (["method=pbss"], "Did you mean 'pbs'"),
         (["method.thresold=0.5"], "Did you mean 'threshold'"),
-        (["method.threshold=high"], "could not be converted to Float"),
+        (["method.threshold=high"], "method.threshold must be a number, got 'high'"),
         (["metod=pbs"], "Did you mean 'method'"),
         (["bench=neddle"], "Did you mean 'needle'"),
         (["bench.task=[single]"], "Did you mean 'tasks'"),

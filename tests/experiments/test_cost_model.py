@@ -5,7 +5,6 @@ import pytest
 from experiments.cost_model import (
     DENSE_H100,
     H100,
-    Architecture,
     Rates,
     Shape,
     attention_memory,
@@ -13,10 +12,10 @@ from experiments.cost_model import (
     dense_flops,
     floor_ms,
     known_rates,
-    lengths_that_fit,
     method_cost,
-    model_memory,
 )
+from experiments.length_plan import lengths_that_fit
+from experiments.model_cost import Architecture, model_memory
 from experiments.published import DENSITIES, TABLE7, density_at
 
 LLAMA = Shape(32, 8, 128)

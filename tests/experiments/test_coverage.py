@@ -5,7 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiments.coverage import UNNAMED_LAYER, CoverageProbe, measure_coverage, sample_rows
+from experiments.coverage import (
+    UNNAMED_LAYER,
+    CoverageProbe,
+    measure_coverage,
+    measure_plans,
+    sample_rows,
+)
 from pbs import AttentionPlan, BlockGrid, CallRecord, build_method
 from pbs.testing import make_qkv
 
@@ -54,6 +60,26 @@ def test_coverage_equals_brute_force(name, params, shape):
     some = measure_coverage(q, k, plan, scale=SCALE, heads=[3, 1], rows=rows)
     expected = expected[:, [3, 1]][:, :, rows].mean(-1)
     torch.testing.assert_close(some, expected, rtol=0, atol=1e-6)
+
+
+def test_plans_for_the_same_tensors_share_one_pass():
+    """Other tiles, moved queries, token rules and dense plans side by side."""
+    q, k, _ = make_qkv(2, 4, 2, 333, 32, structure="mixed", seed=5)
+    methods = [
+        ("pbs", {"block_size": 32, "segment_size": 64, "threshold": 0.6}),
+        ("pbs", {"block_size": 16, "segment_size": 64, "threshold": 0.3}),
+        ("pbs", {"block_size": 32, "segment_size": 64, "threshold": 0.4, "target": "queries"}),
+        ("flash", {}),
+        ("streaming", {"n_init": 16, "n_local": 64, "block_size": 32}),
+    ]
+    plans = [build_method(name, **params).plan(q, k) for name, params in methods]
+    expected = torch.stack([brute_force(q, k, plan).mean(-1) for plan in plans])
+    together = measure_plans(q, k, plans, scale=SCALE, chunk_rows=50)
+    torch.testing.assert_close(together, expected, rtol=0, atol=1e-6)
+    some = measure_plans(q, k, plans, scale=SCALE, heads=[2], rows=[300, 7, 120])
+    for plan, coverage in zip(plans, some, strict=True):
+        rows = brute_force(q, k, plan)[:, [2]][:, :, [7, 120, 300]]
+        torch.testing.assert_close(coverage, rows.mean(-1), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

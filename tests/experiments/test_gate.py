@@ -7,6 +7,7 @@ import torch
 
 import experiments.gate as gate_module
 from baselines.flash import FlashAttention
+from experiments import gate_plans
 from experiments.gate import GateError, run_gate
 from pbs import AttentionMethod, AttentionPlan, BlockGrid, build_method
 from pbs.methods.pbs import PBS
@@ -197,7 +198,7 @@ class BlindPlan(LeakyPlan):
 
 def test_stops_a_plan_that_sees_the_future(llama, monkeypatch):
     # The kernel does not follow such a plan, which its own check would notice first.
-    monkeypatch.setattr(gate_module, "_kernel_error", lambda *_: 0.0)
+    monkeypatch.setattr(gate_plans, "_kernel_error", lambda *_: 0.0)
     assert caught(llama, LeakyPlan(**SMALL)) == "future"
 
 
@@ -219,14 +220,14 @@ def test_stops_an_inconsistent_plan(llama):
 
 
 def test_stops_a_plan_that_hides_a_query_from_itself(llama, monkeypatch):
-    monkeypatch.setattr(gate_module, "_kernel_error", lambda *_: 0.0)
+    monkeypatch.setattr(gate_plans, "_kernel_error", lambda *_: 0.0)
     assert caught(llama, BlindPlan(**SMALL)) == "future"
 
 
 def test_stops_a_wrong_kernel(llama, monkeypatch):
-    right = gate_module.block_sparse_attention
+    right = gate_plans.block_sparse_attention
     monkeypatch.setattr(
-        gate_module, "block_sparse_attention", lambda *a, **k: right(*a, **k) * 1.001
+        gate_plans, "block_sparse_attention", lambda *a, **k: right(*a, **k) * 1.001
     )
     assert caught(llama, build_method("pbs", **SMALL)) == "kernel"
 

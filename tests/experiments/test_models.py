@@ -46,7 +46,7 @@ def test_dtype_limit_and_config_are_taken_from_the_settings():
         ({"path": "nobody/nothing"}, "Without network"),
         ({"path": TINY, "dtype": "float33"}, "expected auto, float32"),
         ({"path": TINY, "dtype": "int8"}, "no floating-point dtype"),
-        ({"path": TINY, "device": "toaster"}, "no device of torch"),
+        ({"path": TINY, "device": "toaster"}, "expected auto, cpu, cuda"),
         ({"path": TINY, "config": {"no_such_entry": 1}}, "no such entry"),
     ],
     ids=lambda value: str(value)[:40],

@@ -17,17 +17,27 @@ from experiments.coverage import measure_coverage
 from experiments.pictures import (
     LOOKS,
     CapturedCall,
-    attention_maps,
     capture_call,
     choose_head,
+    choose_heads,
     draw_accuracy_density,
     draw_attention_maps,
+    draw_map_gallery,
     look_of,
+    map_panels,
 )
+from experiments.pictures.looks import ORDER_LOOKS, SHARED_LOOK, look_of_settings
 from pbs import build_method
+from pbs.orders import ORDERS
 from pbs.testing import make_qkv
 
 SCALE = 32**-0.5
+# Machado et al. (2009), severity 1: normal, protanopia, deuteranopia.
+EYES = [
+    np.eye(3),
+    [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+]
 PBS = {"block_size": 32, "segment_size": 128, "threshold": 0.7}
 
 
@@ -83,17 +93,26 @@ def distance(first, second, matrix):
 
 
 def test_every_method_looks_different_to_every_eye():
-    # Machado et al. (2009), severity 1: normal, protanopia, deuteranopia.
-    eyes = [
-        np.eye(3),
-        [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
-        [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
-    ]
     for first, second in combinations(LOOKS.values(), 2):
         assert first.marker != second.marker
-        assert min(distance(first.colour, second.colour, np.array(eye)) for eye in eyes) > 0.06
+        assert min(distance(first.colour, second.colour, np.array(eye)) for eye in EYES) > 0.06
     names = {"flash", "pbs", "pbs_plus", "meanpool", "minference", "xattention"}
     assert names | {"flexprefill", "streaming", "prism"} <= set(LOOKS)
+
+
+def test_orders_of_pbs_look_different_too_and_keep_the_looks_of_known_methods():
+    assert look_of_settings({"name": "pbs", "order": "last_block"}) == LOOKS["pbs"]
+    assert look_of_settings({"name": "meanpool"}) == LOOKS["meanpool"]
+    assert ORDER_LOOKS["none"].colour == LOOKS["meanpool"].colour
+    assert ORDER_LOOKS["last_block"].colour == LOOKS["pbs"].colour
+    assert look_of_settings({"name": "pbs", "order": "greedy"}) == ORDER_LOOKS["greedy"]
+    assert look_of_settings({"name": "pbs", "order": "last_block", "gqa": "shared"}) == SHARED_LOOK
+    assert set(ORDER_LOOKS) <= set(ORDERS.names)
+    own = [look for name, look in ORDER_LOOKS.items() if name not in ("none", "last_block")]
+    for first, second in combinations([*LOOKS.values(), *own, SHARED_LOOK], 2):
+        assert first.colour != second.colour
+        distances = [distance(first.colour, second.colour, np.array(eye)) for eye in EYES]
+        assert min(distances) > 0.06, (first, second)
 
 
 def test_unknown_methods_keep_their_look():
@@ -210,8 +229,7 @@ def test_a_cut_map_says_so(tmp_path, figures, call):
 
 
 def view_of(q, k, head, *, stop=None):
-    offset = k.shape[2] - q.shape[2]
-    return attention_maps._View(q, k, SCALE, head, offset, stop or k.shape[2])
+    return map_panels.MapView(q, k, SCALE, head, stop or k.shape[2])
 
 
 @pytest.mark.parametrize("num_queries", [256, 100])
@@ -222,7 +240,7 @@ def test_map_after_the_permutation_is_the_moved_map(num_queries):
     view = view_of(q, k, 1)
     assert view.cell == 1
     natural = view.weights(None)
-    after = view.weights(attention_maps._one_head(plan, 0, 1))
+    after = view.weights(map_panels.one_head(plan, 0, 1))
     order = plan.key_order()[0, 1].numpy()
     for row in range(0, num_queries, 7):
         # The own segment of a tile is that of its first row.
@@ -237,7 +255,7 @@ def test_outlined_cells_are_the_plans_tiles():
     q, k, _ = make_qkv(1, 2, 1, 1030, 32, structure="vertical")
     plan = build_method("pbs", block_size=32, segment_size=64, threshold=0.5).plan(q, k)
     view = view_of(q, k, 1)
-    cells = view.computed(attention_maps._one_head(plan, 0, 1))
+    cells = view.computed(map_panels.one_head(plan, 0, 1))
     per_tile = 32 // view.cell
     tiles = plan.block_mask()[0, 1].numpy().repeat(per_tile, 0).repeat(per_tile, 1)
     assert np.array_equal(cells, tiles[: cells.shape[0], : cells.shape[1]])
@@ -245,9 +263,7 @@ def test_outlined_cells_are_the_plans_tiles():
 
 def test_outlines_go_around_and_join_cells():
     q, k, _ = make_qkv(1, 1, 1, 4, 32)
-    lines = attention_maps._outlines(
-        np.array([[1, 1, 0], [1, 1, 0], [0, 0, 0]]) > 0, view_of(q, k, 0)
-    )
+    lines = map_panels.outlines(np.array([[1, 1, 0], [1, 1, 0], [0, 0, 0]]) > 0, view_of(q, k, 0))
     assert sorted(lines) == [
         [(0, 0), (0, 2)],
         [(0, 0), (2, 0)],
@@ -259,7 +275,7 @@ def test_outlines_go_around_and_join_cells():
 def test_max_pooling_keeps_single_keys_visible():
     weights = torch.zeros(10, 10)
     weights[:, 7] = 0.5
-    pooled = attention_maps._pool(weights, 4)
+    pooled = map_panels.pool_cells(weights, 4)
     assert pooled.tolist() == [[0.0, 0.5, 0.0]] * 3
 
 
@@ -349,3 +365,56 @@ def test_what_cannot_be_captured_is_refused(model):
     for shape in [(2, 50), (1, 1), (1, 2, 3)]:
         with pytest.raises(ValueError, match="one prompt of two or more tokens"):
             capture_call(model, torch.zeros(shape, dtype=torch.long), method, layer=0)
+
+
+def test_a_gallery_shows_every_head_before_and_after(tmp_path, figures, call):
+    q, k, plan, before = call
+    draw_map_gallery(
+        q,
+        k,
+        plan,
+        scale=SCALE,
+        heads=[2, 0],
+        path=tmp_path / "g.png",
+        title="t",
+        plan_before=before,
+    )
+    words = texts(figures[0])
+    headings = [text for text in words if text.startswith("head ")]
+    assert [text.split("\n")[0] for text in headings] == [
+        "head 2, before",
+        "head 0, before",
+        "head 2, after",
+        "head 0, after",
+    ]
+    share = f"{float(plan.density()[0, 2]):.1%} of tiles"
+    assert share in headings[2]
+    coverage = measure_coverage(q, k, plan, scale=SCALE)[0, 2]
+    assert f"{float(coverage):.1%} of attention" in headings[2]
+
+
+def test_a_gallery_of_a_method_that_moves_nothing_has_one_map_a_head(tmp_path, figures, call):
+    q, k, _, before = call
+    path = tmp_path / "g.png"
+    draw_map_gallery(q, k, before, scale=SCALE, heads=[0, 1, 2], path=path, title="t")
+    headings = [text for text in texts(figures[0]) if text.startswith("head ")]
+    assert [text.split("\n")[0] for text in headings] == ["head 0", "head 1", "head 2"]
+
+
+def test_a_gallery_breaks_its_rows(tmp_path, figures, call):
+    q, k, plan, _ = call
+    path = tmp_path / "g.png"
+    draw_map_gallery(q, k, plan, scale=SCALE, heads=[0, 1, 2, 0, 1], path=path, title="t")
+    assert sum(axes.axison for axes in figures[0].axes) == 10
+    with pytest.raises(ValueError, match="no heads"):
+        draw_map_gallery(q, k, plan, scale=SCALE, heads=[], path=path, title="t")
+
+
+def test_heads_for_a_gallery_go_from_most_to_least_saved(call):
+    _, _, plan, before = call
+    saved = before.density()[0] - plan.density()[0]
+    expected = saved.argsort(descending=True, stable=True).tolist()
+    assert choose_heads(plan, before, 3) == choose_heads(plan, before, 9) == expected
+    assert choose_heads(plan, before, 2) == [expected[0], expected[-1]]
+    densest = plan.density()[0].argsort(descending=True, stable=True).tolist()
+    assert choose_heads(plan, None, 3) == densest

@@ -107,11 +107,26 @@ def test_a_failure_is_recorded_and_tried_again(run, monkeypatch):
     metrics = store.metrics()
     assert metrics["status"] == "failed"
     assert metrics["error"]["type"] == "MemoryError"
-    assert metrics["error"]["message"] == "no room for 3 GB"
+    assert metrics["error"]["message"].startswith("no room for 3 GB; out of memory: try ")
     assert "explode" in metrics["error"]["traceback"]
     assert "Traceback" in store.log_path.read_text()
     run("method=flash")
     assert store.metrics()["status"] == "finished"
+
+
+def test_a_finished_result_stands_whatever_happens_to_its_pictures(run, monkeypatch, caplog):
+    def explode(*_, **__):
+        raise MemoryError("no room for 3 GB")
+
+    store = run("method=flash")
+    before = store.metrics()
+    store.open()  # as of a process that was killed while it drew
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "load_model", explode)
+        run("method=flash")
+    assert "no room for 3 GB" in caplog.text
+    assert store.metrics() == before
+    assert not store.is_open
 
 
 def test_the_gate_runs_once_per_method_and_its_report_is_kept(run):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from experiments.store import RunStore, to_json
+from experiments.store import RunStore, remove_scratch, to_json
 
 
 @pytest.fixture
@@ -69,8 +69,8 @@ def test_json_has_no_nan():
 
 def test_metrics_are_replaced_as_a_whole(store):
     store.write_metrics({"status": "failed"})
-    store.write_metrics({"status": "finished"})
-    assert store.metrics() == {"status": "finished"}
+    store.write_metrics({"status": "unreachable"})
+    assert store.metrics() == {"status": "unreachable"}
     assert [path.name for path in store.folder.iterdir()] == ["metrics.json"]
 
 
@@ -109,3 +109,29 @@ def test_a_second_process_waits_and_a_killed_one_does_not_block(store, caplog):
     assert watcher.exitcode == 0
     with store.lock():
         pass
+
+
+def test_a_run_that_continues_in_the_same_environment_leaves_its_file(store):
+    store.write_environment({"commit": "a", "time": 1})
+    append(store, "a")
+    store.write_environment({"commit": "a", "time": 2})
+    assert json.loads((store.folder / "env.json").read_text()) == {"commit": "a", "time": 1}
+
+
+def test_what_a_killed_process_had_not_finished_writing_is_removed(store):
+    store.write_metrics({"status": "failed"})
+    scratch = store.folder / ".metrics.json.4711"
+    scratch.write_text('{"status": "fin')
+    remove_scratch(store.folder, older_than=60)
+    assert scratch.exists(), "another process may be writing it"
+    with store.lock():
+        assert {path.name for path in store.folder.iterdir()} == {"metrics.json", ".lock"}
+
+
+def test_a_run_is_open_until_it_is_closed(store):
+    with store.lock():
+        store.open()
+    assert RunStore(store.folder).is_open
+    store.close()
+    store.close()
+    assert not store.is_open

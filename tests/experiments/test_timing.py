@@ -5,19 +5,22 @@ import time
 import pytest
 import torch
 
-from experiments.attention_timing import Cell, draw_inputs, measure_cell
+from experiments.attention_inputs import Cell, draw_inputs
+from experiments.attention_timing import measure_cell
 from experiments.controlled_density import ControlledDensity
 from experiments.cost_model import Rates, Shape
 from experiments.dense_kernels import dense_backend, dense_kernels
+from experiments.device_memory import (
+    is_out_of_memory,
+    peak_memory,
+    poisoned_memory,
+)
 from experiments.exact_rows import check_rows
 from experiments.timing import (
     Effort,
     Failure,
     Timing,
-    is_out_of_memory,
     measure_rates,
-    peak_memory,
-    poisoned_memory,
     run_in_stages,
     time_interleaved,
 )
@@ -291,7 +294,7 @@ def test_inputs_that_do_not_fit_are_recorded(monkeypatch):
     def no_memory(*_, **__):
         raise MemoryError("no room")
 
-    monkeypatch.setattr("experiments.attention_timing.draw_inputs", no_memory)
+    monkeypatch.setattr("experiments.attention_inputs.draw_inputs", no_memory)
     record = measure_cell(small_cell(), {}, dense_kernels("cpu"), effort=ONCE)
     assert record["failure"]["failure"] == "out of memory"
     assert table_rows(record)[0]["median_ms"] is None
@@ -300,7 +303,7 @@ def test_inputs_that_do_not_fit_are_recorded(monkeypatch):
 
 @pytest.mark.parametrize("structure", ["random", "vertical", "mixed"])
 def test_turned_groups_have_the_attention_of_the_drawn_one(monkeypatch, structure):
-    monkeypatch.setattr("experiments.attention_timing.MAX_DRAWN", 0)
+    monkeypatch.setattr("experiments.attention_inputs.MAX_DRAWN", 0)
     first, second = draw_inputs(small_cell(structure=structure), num_sets=2)
     q, k, _ = first
     assert q.shape == (1, 4, 700, 32)

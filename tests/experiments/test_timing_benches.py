@@ -8,18 +8,22 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import bench_cpu, bench_gpu
+from experiments import bench_cpu, bench_gpu, bench_run
 from experiments.attention_bench import AttentionBench
+from experiments.attention_inputs import Cell, draw_inputs
+from experiments.captured_inputs import capture_inputs
 from experiments.config import ConfigError, ModelConfig
+from experiments.cost_model import Shape
 from experiments.models import load_model
-from experiments.prefill_timing import capture_inputs, first_token, measure_prefill
+from experiments.prefill_timing import first_token, measure_prefill
 from experiments.random_weights import ARCHITECTURES, build_random_model, random_ids
 from experiments.store import RunStore
 from experiments.timing import Effort
 from experiments.ttft_bench import TtftBench, fit_to_length, read_texts
 from pbs import build_method
 
-SMALL = bench_gpu.Plan.smoke().model_changes
+CPU = torch.device("cpu")
+SMALL = bench_run.Plan.smoke().model_changes
 FAST_TIMING = (
     "bench.seconds=0.01",
     "bench.min_rounds=1",
@@ -72,12 +76,34 @@ def test_methods_share_the_samples_of_a_timing_run(run):
 
 
 def test_inputs_may_come_from_a_model(run):
-    words = ("bench=attention", "bench.structure=model", "bench.lengths=[300]", *FAST_TIMING)
-    store = run("method=pbs", *words, "bench.shapes=[4/2/32]")
+    words = ("bench=attention", "bench.structure=model", "bench.lengths=[300,600]", *FAST_TIMING)
+    store = run("method=pbs", *words, "bench.text=generated")
     assert store.metrics()["status"] == "finished", store.metrics().get("error")
-    assert store.samples()[0]["structure"] == "model"
-    refused = run("method=pbs", *words).metrics()["error"]["message"]
-    assert "add bench.shapes=[4/2/32]" in refused
+    assert store.folder.parts[-4:-1] == ("attention", "tiny", "pbs")
+    found = [(r["structure"], r["q_heads"], r["head_dim"], r["length"]) for r in store.samples()]
+    assert found == [("model", 4, 32, 300), ("model", 4, 32, 600)]
+    (question,) = run("method=pbs", *words, "bench.limit=1").samples()
+    assert 200 < question["length"] <= 300
+    refused = run("method=pbs", *words, "bench.shapes=[8/2/64]").metrics()["error"]["message"]
+    assert "the model's own heads, 4/2/32" in refused
+
+
+def test_what_no_model_takes_part_in_depends_on_none(run):
+    tiny = run("method=pbs", *OPS, "bench.lengths=[300]", "model=tiny")
+    assert tiny.folder.parts[-3] == "generated_inputs"
+    other = run("method=pbs", *OPS, "bench.lengths=[300]", "model=llama31_8b")
+    assert other.folder == tiny.folder
+
+
+def test_sharper_queries_need_fewer_tiles():
+    densities = []
+    for sharpness in (1.0, 4.0, 16.0):
+        ((q, k, _),) = draw_inputs(
+            Cell(Shape(4, 2, 32, 4), 3000, torch.float32, CPU, "mixed", sharpness=sharpness)
+        )
+        densities.append(float(build_method("pbs").plan(q, k).density().mean()))
+    assert densities[0] > densities[1] > densities[2]
+    assert densities[2] < 0.7 * densities[0]
 
 
 def test_a_cell_that_cannot_be_is_recorded_and_the_others_go_on(run):
@@ -97,6 +123,8 @@ def test_a_cell_that_cannot_be_is_recorded_and_the_others_go_on(run):
         ({"lengths": []}, "lengths"),
         ({"densities": [0.5], "densities_by_length": True}, "one density per length"),
         ({"densities": [1.5]}, "densities"),
+        ({"sharpness": 0.0}, "sharpness"),
+        ({"shapes": []}, "shapes"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -106,10 +134,8 @@ def test_wrong_settings_of_the_attention_bench_are_explained(settings, message):
 
 
 def test_densities_may_go_with_lengths():
-    bench = AttentionBench(
-        lengths=[8, 16], shapes=["4/2/8"], densities=[0.5, 0.4], densities_by_length=True
-    )
-    assert bench.grid() == [("4/2/8", 8, 0.5), ("4/2/8", 16, 0.4)]
+    bench = AttentionBench(lengths=[8, 16], densities=[0.5, 0.4], densities_by_length=True)
+    assert bench.grid(["4/2/8"]) == [("4/2/8", 8, 0.5), ("4/2/8", 16, 0.4)]
 
 
 # ttft
@@ -122,6 +148,10 @@ def test_time_to_first_token_of_the_embedded_model(run):
     assert metrics["status"] == "finished", metrics.get("error")
     record = store.samples()[1]
     pbs = record["methods"]["pbs"]
+    assert pbs["floor_ms"] == pytest.approx(sum(pbs["stage_floors_ms"].values()))
+    assert pbs["stage_floors_ms"]["linear"] > 0
+    assert record["dense"]["cpu"]["floor_ms"] > 0
+    assert record["dense"]["cpu"]["first_token"] == pbs["first_token"]
     assert pbs["num_sparse_layers"] == pbs["num_layers"] == 2
     assert pbs["density"] == pytest.approx(0.7, abs=0.05)
     assert pbs["error"] <= pbs["allowed_error"]
@@ -259,12 +289,12 @@ def test_without_time_cells_are_skipped_and_said_so(tmp_path):
 
 
 def test_a_wrong_output_is_an_exit_status(tmp_path, monkeypatch, capsys):
-    real = bench_gpu.dense_kernels
+    real = bench_run.dense_kernels
 
     def wrong(device):
         return {"cpu": lambda *args, **kw: real(device)["cpu"](*args, **kw) * 1.01}
 
-    monkeypatch.setattr(bench_gpu, "dense_kernels", wrong)
+    monkeypatch.setattr(bench_run, "dense_kernels", wrong)
     arguments = ["--out", str(tmp_path), "--device", "cpu", "--smoke", "--parts", "table7"]
     assert bench_gpu.main(arguments) == 1
     assert "WRONG table7" in capsys.readouterr().out
@@ -275,6 +305,7 @@ def test_the_gpu_script_needs_neither_hydra_nor_wandb(project):
         "import sys\n"
         "for name in ('hydra', 'omegaconf', 'wandb', 'rich'): sys.modules[name] = None\n"
         "import experiments.bench_gpu, experiments.prefill_timing, experiments.random_weights\n"
+        "import experiments.length_plan, experiments.captured_inputs\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=project, check=True)
 

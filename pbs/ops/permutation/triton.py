@@ -16,8 +16,9 @@ LOG2_E = 1.4426950408889634
 # Parts of the keys that programs of the first pass reduce to a maximum and a sum per proxy query:
 # enough to fill a GPU, few enough that every program of the second pass can combine them itself.
 MAX_CHUNKS = 32
-# Longest segment whose keys one program scores and sorts in registers.
+# A segment whose keys one program scores and sorts: what its registers and shared memory hold.
 MAX_FUSED_SEGMENT = 256
+MAX_FUSED_BYTES = 1 << 16
 
 
 @triton.jit
@@ -331,10 +332,11 @@ def key_importance(proxy: Tensor, k: Tensor, *, scale: float) -> Tensor:
 
 
 def importance_order(proxy: Tensor, k: Tensor, *, scale: float, segment_size: int) -> Tensor:
-    """Scores and sorts a segment in one program; longer segments are scored, then sorted."""
+    """Scores and sorts a segment in one program; large segments are scored, then sorted."""
     num_keys = k.shape[2]
     num_sorted = num_keys // segment_size * segment_size
-    if segment_size > MAX_FUSED_SEGMENT:
+    row_bytes = triton.next_power_of_2(k.shape[3]) * k.element_size()
+    if segment_size > MAX_FUSED_SEGMENT or segment_size * row_bytes > MAX_FUSED_BYTES:
         scores = key_importance(proxy, k[:, :, :num_sorted], scale=scale)
         return sort_segments(scores, num_keys=num_keys, segment_size=segment_size)
     first = _first_pass(proxy, k, num_sorted, scale)
@@ -356,6 +358,7 @@ def importance_order(proxy: Tensor, k: Tensor, *, scale: float, segment_size: in
         SEGMENT=segment_size,
         BLOCK_S=max(16, triton.next_power_of_2(segment_size)),
         num_warps=8 if segment_size > 128 else 4,
+        num_stages=1,  # two rounds at most: nothing to prefetch, and the keys fill shared memory
     )
     return order
 

@@ -133,7 +133,14 @@ def padding_mask(
     num_written = query_offset + num_queries
     if attention_mask is None and num_written == kv_length and (window or kv_length) >= kv_length:
         return None
-    mask = _cut(attention_mask, batch_size, kv_length, kv_offset, device)
+    mask = _cut(
+        attention_mask,
+        batch_size,
+        kv_length,
+        kv_offset,
+        device,
+        num_written=kv_offset + num_written,
+    )
     if num_written < kv_length:
         mask = mask & (torch.arange(kv_length, device=mask.device) < num_written)
     geometry = Geometry.from_padding_mask(mask, num_queries=num_queries, query_offset=query_offset)
@@ -159,7 +166,8 @@ def _decode_mask(
     window_acts = window is not None and window < kv_length
     if query_is_last and not window_acts and attention_mask is None:
         return None
-    mask = _cut(attention_mask, batch_size, kv_length, kv_offset, device)
+    num_written = query_position + 1 if isinstance(query_position, int) else 0
+    mask = _cut(attention_mask, batch_size, kv_length, kv_offset, device, num_written=num_written)
     if query_is_last and not window_acts and bool(mask.all()):
         return None
     slots = torch.arange(kv_length, device=mask.device)
@@ -176,6 +184,8 @@ def _cut(
     kv_length: int,
     kv_offset: int,
     device: torch.device,
+    *,
+    num_written: int,
 ) -> Tensor:
     """The part of the padding mask that belongs to the key slots, bool ``[Z, Nk]``."""
     if attention_mask is None:
@@ -184,6 +194,16 @@ def _cut(
         raise NotImplementedError(
             "pbs attention builds its masks from a padding mask [Z, N], got an attention_mask of "
             f"shape {tuple(attention_mask.shape)}; pass 1 for real tokens and 0 for padding"
+        )
+    if attention_mask.shape[0] not in (1, batch_size):
+        raise ValueError(
+            f"attention_mask has {attention_mask.shape[0]} sequences, the input has {batch_size}; "
+            "pass one row per sequence"
+        )
+    if attention_mask.shape[1] < num_written:
+        raise ValueError(
+            f"attention_mask has {attention_mask.shape[1]} tokens, the cache and the input have "
+            f"{num_written}; pass one entry per token, those of the cache included"
         )
     part = attention_mask[:, kv_offset : kv_offset + kv_length] != 0
     missing = kv_length - part.shape[1]

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from experiments.config import ConfigError
-from experiments.distributed import check_tensor_parallel, mean_over_ranks
+from experiments.distributed import check_tensor_parallel
+from experiments.ranks import mean_over_ranks
 from tests.experiments.conftest import without_times
 from tests.experiments.opencompass.conftest import LONGBENCH, QUIET
 

@@ -1,0 +1,62 @@
+"""What follows from the times of a cell: TFLOP/s, speed-ups, shares, and the cost model's floors.
+
+Importable without hydra and wandb.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from experiments.attention_inputs import Cell, Record
+from experiments.cost_model import Rates, Work, dense_flops, floor_ms, method_cost
+from experiments.counted_methods import counted_settings
+from pbs.methods.base import AttentionMethod
+
+
+def add_ratios(
+    record: Record, cell: Cell, methods: Mapping[str, AttentionMethod], rates: Rates | None
+) -> None:
+    """What follows from times and counts: TFLOP/s, speed-ups, shares, floors."""
+    flops = dense_flops(cell.shape, cell.length)
+    known = {name: e for name, e in record["dense"].items() if e["median_ms"] is not None}
+    for name, entry in known.items():
+        entry["tflops"] = flops / entry["median_ms"] / 1e9
+        if rates is not None:
+            work = method_cost("flash", cell.shape, cell.length)
+            entry["floor_ms"] = floor_ms(work, rates)
+        entry["is_fastest"] = name == min(known, key=lambda n: known[n]["median_ms"])
+    fastest = next((name for name, entry in known.items() if entry["is_fastest"]), None)
+    record["fastest_dense"] = fastest
+    record["input_bytes"] = cell.shape.input_bytes(cell.length)
+    for label, entry in record["methods"].items():
+        if entry["median_ms"] is None:
+            continue
+        entry["speed_up"] = {
+            name: dense["median_ms"] / entry["median_ms"] for name, dense in known.items()
+        }
+        entry["speed_up_over_fastest"] = entry["speed_up"].get(fastest) if fastest else None
+        if entry.get("peak_bytes") is not None:
+            entry["peak_over_inputs"] = entry["peak_bytes"] / record["input_bytes"]
+        if "stages_ms" in entry and entry["stages_ms"]["attention"] > 0:
+            tflops = entry["density"] * flops / entry["stages_ms"]["attention"] / 1e9
+            entry["attention_tflops"] = tflops
+            if fastest:
+                entry["share_of_dense_tflops"] = tflops / known[fastest]["tflops"]
+            overhead = sum(entry["stages_ms"].values()) - entry["stages_ms"]["attention"]
+            entry["overhead_share"] = overhead / sum(entry["stages_ms"].values())
+        work = _cost_of(methods[label], cell, entry)
+        if rates is not None and work is not None:
+            entry["floor_ms"] = floor_ms(work, rates)
+            entry["stage_floors_ms"] = {name: w.floor_ms(rates) for name, w in work.items()}
+
+
+def _cost_of(method: AttentionMethod, cell: Cell, entry: Record) -> Mapping[str, Work] | None:
+    """The cost model's stages of a method; None without a count."""
+    if entry["dense_reason"]:
+        return method_cost("flash", cell.shape, cell.length)
+    settings = counted_settings(method)
+    if settings is None:
+        return None
+    return method_cost(
+        shape=cell.shape, num_tokens=cell.length, density=entry["density"], **settings
+    )

@@ -1,0 +1,198 @@
+"""Tables over the runs of a group, as pandas frames for notebooks and the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from experiments.config import DENSE
+from experiments.report.runs import Group, Results
+from experiments.table import Row, format_columns
+
+# Columns of cells in :func:`winners` that are no names of theirs.
+MEASURED = ("label", "method", "value", "density")
+# Columns of :func:`overview`.
+OVERVIEW = ("bench", "model", "settings", "runs", "methods", "samples", "devices")
+
+
+def overview(results: Results) -> pd.DataFrame:
+    """One row per group: what was run."""
+    rows = [
+        {
+            "bench": group.bench,
+            "model": group.model,
+            "settings": group.note,
+            "runs": len(group.runs),
+            "methods": ", ".join(dict.fromkeys(run.method for run in group.runs)),
+            "samples": sum(row.get("num_samples") or 0 for row in group.rows),
+            "devices": ", ".join(sorted({str(run.metrics.get("device")) for run in group.runs})),
+        }
+        for group in results.groups
+    ]
+    return pd.DataFrame(rows, columns=list(OVERVIEW))
+
+
+def score_table(group: Group) -> pd.DataFrame:
+    """The table a command ends with, formatted; its index numbers the runs in the pictures."""
+    frame = pd.DataFrame(format_columns(group.rows))
+    # A bench without answers has no score, one without attention mass no coverage.
+    empty = [name for name in frame if not (set(frame[name]) - {"", "–", "reference"})]
+    frame = frame.drop(columns=[name for name in empty if name != "method"])
+    frame.index = pd.RangeIndex(1, len(frame) + 1, name="#")
+    return frame
+
+
+def run_frame(group: Group) -> pd.DataFrame:
+    """The same as numbers, one row per run; the index as in :func:`score_table`.
+
+    Columns: ``label``, ``method``, ``value`` (the accuracy or score, 0 to 100) with ``value_low``
+    and ``value_high`` where an interval is known, ``density``, ``coverage``, ``prefill_seconds``,
+    ``speed_up``, and ``difference``, ``low``, ``high`` (points) and ``p_value`` against dense.
+    """
+    frame = pd.DataFrame([_numbers(row) for row in group.rows])
+    frame.index = pd.RangeIndex(1, len(frame) + 1, name="#")
+    return frame
+
+
+def value_name(group: Group) -> str:
+    """What ``value`` is in :func:`run_frame`."""
+    has_accuracy = any(row.get("accuracy") is not None for row in group.rows)
+    return "accuracy, %" if has_accuracy else "score"
+
+
+def paired_table(group: Group) -> pd.DataFrame | str:
+    """Every sparse run against dense attention on the same samples, or what is missing for it."""
+    frame = run_frame(group)
+    frame = frame[frame["difference"].notna()]
+    if frame.empty:
+        return missing_dense(group)
+    table = frame[["label", "difference", "low", "high", "p_value"]].copy()
+    table["reading"] = [
+        _reading(low, high) for low, high in zip(frame.low, frame.high, strict=True)
+    ]
+    names = {"label": "method", "difference": "difference, points", "p_value": "p"}
+    return table.round({"difference": 1, "low": 1, "high": 1, "p_value": 4}).rename(columns=names)
+
+
+def missing_dense(group: Group) -> str:
+    """A sentence: why there is nothing to pair, and the command that changes it."""
+    if group.dense is not None:
+        return "Only dense attention has run here: run a sparse method on the same bench and model."
+    commands = {row["dense_command"] for row in group.rows if row.get("dense_command")}
+    return (
+        f"No run of dense attention on the same samples. Make it with: `{sorted(commands)[0]}`"
+        if commands
+        else "These runs have no answers to pair."
+    )
+
+
+def winners(group: Group) -> pd.DataFrame | str:
+    """Which sparse run is best in every cell of the bench, for needle a task at a length.
+
+    Best is the highest accuracy or score, and of equal ones the lowest density. ``tied`` counts the
+    others with the same score, ``ahead`` is the lead over the next lower one in points.
+    """
+    cells = pd.DataFrame(
+        [
+            {"label": run.label, "method": run.method, **_cell(cell)}
+            for run in group.runs
+            for cell in run.metrics["results"]["cells"]
+            if _cell(cell)["value"] is not None
+        ]
+    )
+    if cells.empty or (cells["method"] == DENSE).all():
+        return "No sparse method with answers has run here."
+    keys = [key for key in cells if key not in MEASURED]
+    if not keys or cells.groupby(keys, dropna=False).ngroups < 2:
+        return "This bench has one cell: the table above says which method is best."
+    rows = []
+    for names, cell in cells.groupby(keys, sort=False, dropna=False):
+        sparse = cell[cell["method"] != DENSE].sort_values(
+            ["value", "density"], ascending=[False, True], kind="stable"
+        )
+        if sparse.empty:
+            continue
+        best = sparse.iloc[0]
+        lower = sparse.loc[sparse["value"] < best["value"], "value"]
+        dense = cell.loc[cell["method"] == DENSE, "value"]
+        rows.append(
+            {
+                **dict(zip(keys, names, strict=True)),
+                "best": best["label"],
+                "value": best["value"],
+                "dense": dense.iloc[0] if len(dense) else None,
+                "density": best["density"],
+                "tied": int((sparse["value"] == best["value"]).sum()) - 1,
+                "ahead": best["value"] - lower.iloc[0] if len(lower) else None,
+            }
+        )
+    table = pd.DataFrame(rows).round({"value": 1, "dense": 1, "density": 3, "ahead": 1})
+    return table.rename(columns={"value": value_name(group)})
+
+
+def wins(group: Group) -> pd.DataFrame | str:
+    """How many cells each run wins, see :func:`winners`."""
+    table = winners(group)
+    if isinstance(table, str):
+        return table
+    counts = table["best"].value_counts()
+    return pd.DataFrame({"cells won": counts, "of": len(table)}).rename_axis("method")
+
+
+def layer_table(group: Group) -> pd.DataFrame | str:
+    """Mean density and coverage per layer, a column pair per run; layers as the samples have them.
+
+    Coverage is measured on some layers and samples only, see the bench's settings.
+    """
+    columns: dict[tuple[str, str], pd.Series] = {}
+    for number, run in enumerate(group.runs, start=1):
+        samples = run.samples()
+        name = f"{number} {run.label}"
+        density = [one["layer_density"] for one in samples if one.get("layer_density")]
+        coverage = [one["layer_coverage"] for one in samples if one.get("layer_coverage")]
+        if density:
+            columns[name, "density"] = pd.DataFrame(density).mean()
+        if coverage:
+            frame = pd.DataFrame(coverage)
+            frame.columns = frame.columns.astype(int)
+            columns[name, "coverage"] = frame.mean()
+    if not columns:
+        return "These runs kept no numbers per layer."
+    return pd.DataFrame(columns).rename_axis("layer").round(3)
+
+
+def _numbers(row: Row) -> dict[str, Any]:
+    def points(key: str) -> float | None:
+        return None if row.get(key) is None else 100 * row[key]
+
+    has_accuracy = row.get("accuracy") is not None
+    return {
+        "label": row["label"],
+        "method": row["method"],
+        "value": points("accuracy") if has_accuracy else row.get("score"),
+        "value_low": points("accuracy_low"),
+        "value_high": points("accuracy_high"),
+        **{key: row.get(key) for key in ("density", "coverage", "prefill_seconds", "speed_up")},
+        **{key: points(key) for key in ("difference", "low", "high")},
+        "p_value": row.get("p_value"),
+        "timed_length": row.get("timed_length"),
+    }
+
+
+def _cell(cell: dict[str, Any]) -> dict[str, Any]:
+    accuracy = cell.get("accuracy")
+    # What a cell is called: task, length, difficulty, category.
+    names = {key: text for key, text in cell.items() if isinstance(text, str) or key == "length"}
+    return {
+        **names,
+        "value": 100 * accuracy if accuracy is not None else cell.get("score"),
+        "density": cell.get("density"),
+    }
+
+
+def _reading(low: float, high: float) -> str:
+    """What a 95 % interval of a difference says."""
+    if high < 0:
+        return "worse than dense"
+    return "better than dense" if low > 0 else "no difference shown"

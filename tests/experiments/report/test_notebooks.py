@@ -1,0 +1,87 @@
+"""Every notebook runs on small real results and on an empty folder."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from experiments.config import ROOT
+
+NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+# Pictures that a notebook draws, on the small results and on an empty folder.
+PICTURES = {
+    "compare_baselines": (2, 0),
+    "coverage_and_permutation": (4, 2),
+    "timing": (11, 6),
+    "your_own_method": (1, 1),
+}
+SENTENCE = "make some with"
+
+
+def execute(folder: Path, outputs: Path) -> dict[str, list[dict]]:
+    """What the cells of each notebook show, run beside this outputs folder.
+
+    One after another in one kernel, emptied of names in between: loading torch in a kernel of its
+    own for each would take most of the time.
+    """
+    (folder / "notebooks").mkdir()
+    (folder / "outputs").symlink_to(outputs)
+    together = nbformat.v4.new_notebook()
+    parts = {}
+    for name, path in NOTEBOOKS.items():
+        cells = nbformat.read(path, as_version=4).cells
+        parts[name] = slice(len(together.cells) + 1, len(together.cells) + 1 + len(cells))
+        together.cells += [nbformat.v4.new_code_cell("%reset -f"), *cells]
+    resources = {"metadata": {"path": str(folder / "notebooks")}}
+    NotebookClient(together, timeout=240, kernel_name="python3", resources=resources).execute()
+    return {
+        name: [output for cell in together.cells[part] for output in cell.get("outputs", [])]
+        for name, part in parts.items()
+    }
+
+
+def count_pictures(shown: dict[str, list[dict]]) -> dict[str, int]:
+    return {
+        name: sum("image/png" in output.get("data", {}) for output in outputs)
+        for name, outputs in shown.items()
+    }
+
+
+def test_notebooks_show_the_results_there_are(tmp_path, outputs):
+    shown = execute(tmp_path, outputs)
+    assert count_pictures(shown) == {name: count for name, (count, _) in PICTURES.items()}
+    assert SENTENCE not in json.dumps(shown)
+    assert "pbs threshold=0.5" in json.dumps(shown["compare_baselines"])
+    assert "pbs threshold=0.5" in json.dumps(shown["your_own_method"])
+
+
+def test_notebooks_say_what_to_run_where_nothing_is(tmp_path):
+    (tmp_path / "empty").mkdir()
+    shown = execute(tmp_path, tmp_path / "empty")
+    assert count_pictures(shown) == {name: count for name, (_, count) in PICTURES.items()}
+    for name, outputs in shown.items():
+        assert SENTENCE in json.dumps(outputs), name
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebooks_are_kept_without_outputs(name):
+    for cell in json.loads(NOTEBOOKS[name].read_text())["cells"]:
+        assert not cell.get("outputs")
+        assert cell.get("execution_count") is None
+
+
+def test_the_index_names_every_notebook():
+    index = (ROOT / "notebooks" / "README.md").read_text()
+    assert list(NOTEBOOKS) == sorted(PICTURES)
+    assert all(f"({path.name})" in index for path in NOTEBOOKS.values())
+
+
+def test_a_selector_of_ones_own_is_short():
+    """What the notebook promises: about thirty lines, without imports and blank lines."""
+    notebook = json.loads(NOTEBOOKS["your_own_method"].read_text())
+    cell = next(cell for cell in notebook["cells"] if "\nclass " in "".join(cell["source"]))
+    lines = [line.strip() for line in cell["source"]]
+    code = [line for line in lines if line and not line.startswith(("#", "import", "from"))]
+    assert len(code) <= 30
