@@ -101,6 +101,14 @@ class _Gate:
         """All checks; raises at the first that fails."""
         self.ids, ran_sparse = self._choose_prompt()
         self.own = self._logits(self.ids)
+        if not bool(self.own.isfinite().all()):
+            raise GateError(
+                "finite",
+                float("inf"),
+                0.0,
+                "the model's own logits are not finite before anything is patched: broken weights, "
+                "or a dtype too narrow for them (try model.dtype=float32)",
+            )
         sensitivity = self._sensitivity()
         self.allowed = FACTOR * sensitivity + torch.finfo(self.own.dtype).eps
         report = GateReport(self.ids.shape[1], ran_sparse, self.densest_name, sensitivity)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -158,8 +159,9 @@ class AttentionMethod(ABC):
             what it gets alone.
 
         Raises:
-            ValueError: shapes or devices do not fit each other or the geometry.
-            TypeError: dtypes differ.
+            ValueError: shapes or devices do not fit each other or the geometry, or the scale is not
+                positive.
+            TypeError: dtypes differ, or a tensor or the geometry is something else.
         """
         if torch.compiler.is_compiling() and geometry is None:
             from pbs import compiled  # which loads the compiler
@@ -167,9 +169,11 @@ class AttentionMethod(ABC):
             out: Tensor = compiled.attention(q, k, v, compiled.handle_of(self), scale, layer_idx)
             return out
         check_attention_inputs(q, k, v)
+        _check_scale(scale)
+        if geometry is not None:
+            _check_geometry(geometry, q, k)
         if geometry is None or geometry.is_unpadded:
             return self._attend(q, k, v, scale, layer_idx)
-        _check_geometry(geometry, q, k)
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         for members, rows, slots in geometry.spans():
             # A slice is a view; a list of indices copies, and waits for the device.
@@ -219,7 +223,21 @@ class AttentionMethod(ABC):
         return dense_attention(q, k, v, scale=scale)
 
 
-def _check_geometry(geometry: Geometry, q: Tensor, k: Tensor) -> None:
+def _check_scale(scale: object) -> None:
+    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if scale is not None and not (is_number and 0 < float(scale) < math.inf):  # type: ignore[arg-type]
+        raise ValueError(
+            f"scale, the factor of the logits, must be a positive number, got {scale!r}; None "
+            "means 1 / sqrt(head dim)"
+        )
+
+
+def _check_geometry(geometry: object, q: Tensor, k: Tensor) -> None:
+    if not isinstance(geometry, Geometry):
+        raise TypeError(
+            f"expected geometry as a pbs.Geometry, got {type(geometry).__name__}; make one with "
+            "Geometry.from_padding_mask(mask, num_queries=...)"
+        )
     expected = (q.shape[0], q.shape[2], k.shape[2])
     got = (len(geometry.starts), geometry.num_queries, geometry.num_keys)
     if got != expected:

@@ -13,10 +13,14 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor | None = None) -> Non
 
     Raises:
         ValueError: shapes or devices do not fit each other.
-        TypeError: dtypes differ or are not floating point.
+        TypeError: dtypes differ or are not floating point, or something is no dense tensor.
     """
     named = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
     for name, tensor in named.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            raise TypeError(
+                f"expected {name} as a dense torch tensor with data, got {_kind_of(tensor)}"
+            )
         if tensor.ndim != 4:
             raise ValueError(
                 f"expected {name} [Z, H, N, D] with four dimensions, got shape "
@@ -57,3 +61,10 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor | None = None) -> Non
             f"more queries than keys: got {q.shape[2]} and {k.shape[2]}; keys must include the "
             "queries' own tokens"
         )
+
+
+def _kind_of(value: object) -> str:
+    """A value in a few words."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return "a tensor without data (meta device)" if value.is_meta else f"layout {value.layout}"

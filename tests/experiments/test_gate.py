@@ -1,5 +1,6 @@
 """The safety gate passes right methods and stops every kind of wrong one."""
 
+import copy
 from dataclasses import dataclass, fields, replace
 
 import pytest
@@ -95,6 +96,14 @@ def test_a_patched_model_is_refused(llama):
         pytest.raises(ValueError, match="already patched"),
     ):
         gate(model, build_method("pbs"))
+
+
+def test_a_model_with_broken_weights_is_refused(llama):
+    broken = copy.deepcopy(llama)
+    with torch.no_grad():
+        next(broken.parameters())[5] = float("nan")
+    with pytest.raises(GateError, match="logits are not finite"):
+        gate(broken, build_method("pbs"))
 
 
 def caught(model, method):
