@@ -66,7 +66,7 @@ bench: $(VENV)/.core ## Gate, then attention beside PyTorch's SDPA on this CPU (
 bench-gpu: $(VENV)/.core ## All numbers that need a GPU, in nine minutes
 	$(BIN)/python -m experiments.bench_gpu --out outputs/bench_gpu
 
-audit: $(VENV)/.dev ## Look installed packages up among known vulnerabilities (needs pypi.org)
+audit: $(VENV)/.dev ## Look installed packages up among known vulnerabilities (needs the Python Package Index)
 	$(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install --quiet pip-audit && $(VENV)/audit/bin/pip-audit --skip-editable --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 clean: ## Remove .venv and caches, keep outputs

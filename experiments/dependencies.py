@@ -51,9 +51,9 @@ without one does not show them.
 ## Known vulnerabilities
 
 `make audit` looks every installed package up (pip-audit, in an environment of its own; it needs
-pypi.org) and lists those it could not look up: builds with a local version, and everything behind a
-mirror without vulnerability data, where "no known vulnerabilities" means nothing. It is no part of
-CI: its answer changes without any change here.
+the Python Package Index itself) and lists those it could not look up: builds with a local version,
+and everything behind a mirror without vulnerability data, where "no known vulnerabilities" means
+nothing. It is no part of CI: its answer changes without any change here.
 
 What the project does on its side: no pickle of weights or data is read, a checkpoint's own code is
 not run unless `model.trust_remote_code=true` asks for it, data sets are read as JSON, templates of
