@@ -88,7 +88,10 @@ class Server:
 
     def __enter__(self):
         words = [sys.executable, "-m", "tests.reliability.commands"]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
+        # Where W&B ran in this process it left the address of its service in the environment, and
+        # commands would talk to that one, which outlives them.
+        env = {name: value for name, value in os.environ.items() if "WANDB_SERVICE" not in name}
+        env |= {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
         self._process = subprocess.Popen(
             words, cwd=ROOT, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
