@@ -75,17 +75,23 @@ def _attention() -> dict[str, Case]:
     found["attention bf16 D=128 local window"] = partial(
         _attend, "streaming", 128, "bf16", n_init=64, n_local=256
     )
+    for head_dim in (64, 128):
+        found[f"attention bf16 D={head_dim} triton"] = partial(
+            _attend, "pbs", head_dim, "bf16", uses_hopper=False
+        )
     found["attention fp32 D=128 B=128"] = partial(_attend, "pbs", 128, "fp32")
     return found
 
 
-def _attend(method: str, head_dim: int, dtype: str, **params: Any) -> object:
+def _attend(
+    method: str, head_dim: int, dtype: str, *, uses_hopper: bool | None = None, **params: Any
+) -> object:
     from pbs import build_method
     from pbs.ops.block_sparse_attention.triton import block_sparse_attention
 
     q, k = _tensor(head_dim, dtype), _tensor(head_dim, dtype, heads=1)
     plan = build_method(method, **params).plan(q, k)
-    return block_sparse_attention(q, k, k, plan, scale=1.0)
+    return block_sparse_attention(q, k, k, plan, scale=1.0, uses_hopper=uses_hopper)
 
 
 def _order_and_gather() -> dict[str, Case]:

@@ -71,7 +71,8 @@ class AttentionMethod(ABC):
     ``__post_init__``. It overrides :meth:`plan` and nothing else.
 
     Args:
-        backend: who computes a sparse plan: "auto", "reference", "cpu" or "triton".
+        backend: who computes a sparse plan, see :class:`pbs.ops.block_sparse_attention.Backend`:
+            "auto", "reference", "cpu", "triton" or "hopper".
         dense_below: calls with fewer keys run dense, where selecting costs more than it saves; such
             calls are recorded as dense. 0: the method always decides itself. "auto": what was
             measured for this device, method and head shape (:mod:`pbs.methods.crossover`); results

@@ -229,3 +229,10 @@ def test_empty_row_lists_are_allowed_anywhere():
     assert plan.blocks.shape[-1] == 0
     for backend in BACKENDS:
         check(q, k, v, replace(plan), backend)
+
+
+def test_the_hopper_kernel_is_refused_where_it_cannot_run():
+    q, k, v = make_qkv(1, 2, 1, 200, 64, dtype=torch.float16)
+    plan = random_plan(1, 2, BlockGrid(200, 200, 128, 128))
+    with pytest.raises(NotImplementedError, match="backend 'hopper' needs a Hopper GPU"):
+        block_sparse_attention(q, k, v, plan, backend="hopper")

@@ -15,14 +15,17 @@ from pbs.ops.stages import stage
 class Backend(str, Enum):
     """Who computes the plan.
 
-    AUTO picks TRITON for CUDA tensors and CPU for CPU tensors; it never falls back further.
-    REFERENCE is plain eager PyTorch with N x N memory and defines what is right.
+    AUTO picks CPU for CPU tensors, and for CUDA tensors HOPPER where it can run the plan (an H100,
+    16-bit dtypes, whole tiles of at least 128 queries), else TRITON; it never falls back further.
+    To compare plans of both kinds by one kernel, ask for TRITON. REFERENCE is plain eager PyTorch
+    with N x N memory and defines what is right.
     """
 
     AUTO = "auto"
     REFERENCE = "reference"
     CPU = "cpu"
     TRITON = "triton"
+    HOPPER = "hopper"
 
 
 def block_sparse_attention(
@@ -68,15 +71,16 @@ def block_sparse_attention(
         raise ValueError(f"the plan lies on {plan.device}, q on {q.device}; move one of them")
     if scale is None:
         scale = q.shape[3] ** -0.5
-    backend = _resolve(backend, q.device.type)
+    module_name, options = _resolve(backend, q.device.type)
     # Imported when used: a machine without Triton, or without need of it, never loads it.
-    module = import_module(f"pbs.ops.block_sparse_attention.{backend.value}")
+    module = import_module(f"pbs.ops.block_sparse_attention.{module_name}")
     with stage("attention"):
-        out: Tensor = module.block_sparse_attention(q, k, v, plan, scale=scale)
+        out: Tensor = module.block_sparse_attention(q, k, v, plan, scale=scale, **options)
     return out
 
 
-def _resolve(backend: Backend | str, device_type: str) -> Backend:
+def _resolve(backend: Backend | str, device_type: str) -> tuple[str, dict[str, bool]]:
+    """The module to run, and what to tell it."""
     names = [member.value for member in Backend]
     if backend not in names:
         raise ValueError(f"unknown backend {backend!r}; valid: {', '.join(names)}")
@@ -88,7 +92,9 @@ def _resolve(backend: Backend | str, device_type: str) -> Backend:
                 f"no block-sparse kernel for device {device_type!r}; expected cuda or cpu, or ask "
                 "for backend='reference'"
             )
-        return automatic[device_type]
+        return automatic[device_type].value, {}
     if backend is Backend.CPU and device_type != "cpu":
         raise NotImplementedError(f"backend 'cpu' got tensors on {device_type!r}; use 'triton'")
-    return backend
+    if backend in (Backend.TRITON, Backend.HOPPER):
+        return Backend.TRITON.value, {"uses_hopper": backend is Backend.HOPPER}
+    return backend.value, {}

@@ -306,9 +306,24 @@ def launch_options(
 
 
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float,
+    uses_hopper: bool | None = None,
 ) -> Tensor:
-    """See :func:`pbs.ops.block_sparse_attention.api.block_sparse_attention`."""
+    """See :func:`pbs.ops.block_sparse_attention.api.block_sparse_attention`.
+
+    Args:
+        q: as there, like all but ``uses_hopper``.
+        k: as there.
+        v: as there.
+        plan: as there.
+        scale: as there.
+        uses_hopper: whether the Hopper kernel runs; None: where it can.
+    """
     if not q.is_cuda:
         _check_interpreter(q)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
@@ -320,10 +335,16 @@ def block_sparse_attention(
         "capability": torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0),
     }
     hopper = None
-    if plan.columns is None and plan.query_order is None and not triton.knobs.runtime.interpret:
+    has_tiles_alone = plan.columns is None and plan.query_order is None
+    if uses_hopper is not False and has_tiles_alone and not triton.knobs.runtime.interpret:
         hopper = hopper_options(**shape)
         if hopper is not None:
             hopper = tuned("hopper", shape, hopper)
+    if uses_hopper and hopper is None:
+        raise NotImplementedError(
+            "backend 'hopper' needs a Hopper GPU, 16-bit tensors, a head dim of at most 256, query "
+            "tiles of at least 128 rows and a plan without columns or moved queries; use 'auto'"
+        )
     options = tuned("triton", shape, launch_options(**shape))
     if hopper is not None:
         q = _for_descriptor(q)
