@@ -53,7 +53,8 @@ class Tracker:
                 config=dict(config),
                 project=self._config.project,
                 entity=self._config.entity,
-                dir=str(self._folder),
+                # Absolute: W&B's service, which writes, may have started in another folder.
+                dir=str(self._folder.resolve()),
                 mode=self._config.mode,
                 resume="allow",
                 reinit="create_new",

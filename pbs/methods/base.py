@@ -170,6 +170,8 @@ class AttentionMethod(ABC):
             out: Tensor = compiled.attention(q, k, v, compiled.handle_of(self), scale, layer_idx)
             return out
         check_attention_inputs(q, k, v)
+        if q.is_meta:
+            raise TypeError("q, k and v lie on the meta device: there are no values to attend to")
         _check_scale(scale)
         if geometry is not None:
             _check_geometry(geometry, q, k)

@@ -17,10 +17,9 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor | None = None) -> Non
     """
     named = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
     for name, tensor in named.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-            raise TypeError(
-                f"expected {name} as a dense torch tensor with data, got {_kind_of(tensor)}"
-            )
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            kind = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"expected {name} as a dense torch tensor, got {kind}")
         if tensor.ndim != 4:
             raise ValueError(
                 f"expected {name} [Z, H, N, D] with four dimensions, got shape "
@@ -61,10 +60,3 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor | None = None) -> Non
             f"more queries than keys: got {q.shape[2]} and {k.shape[2]}; keys must include the "
             "queries' own tokens"
         )
-
-
-def _kind_of(value: object) -> str:
-    """A value in a few words."""
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    return "a tensor without data (meta device)" if value.is_meta else f"layout {value.layout}"
