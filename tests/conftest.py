@@ -7,6 +7,8 @@ if "gpu" not in os.environ.get("PBS_TESTS", ""):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Processes that tests start share the cores with xdist's workers: more threads only wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test reaches a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
