@@ -151,6 +151,7 @@ def _selection() -> dict[str, Case]:
             torch.rand(1, 4, 1, 128),
             torch.rand(1, 1, num_tiles, 128),
             scale=1.0,
+            grid=None,
             **bounds,
         )
         found[f"lists T={num_tiles}"] = partial(

@@ -86,6 +86,11 @@ class BlockGrid:
         key_ends = (torch.arange(self.num_key_tiles, device=device) + 1) * self.key_tile
         return key_ends[None, :] <= first[:, None]
 
+    def num_causal_key_tiles(self, num_query_tiles: int) -> int:
+        """Leading key tiles that the first so many query tiles see, in whole or in part."""
+        last = min(num_query_tiles * self.query_tile, self.num_queries) - 1 + self.offset
+        return last // self.key_tile + 1
+
     @cached_property
     def num_causal_tiles(self) -> int:
         """Tiles that dense causal attention computes; T (T + 1) / 2 for Nq = Nk."""

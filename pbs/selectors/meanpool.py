@@ -62,4 +62,5 @@ class MeanPoolSelector(Selector):
             candidates=num_candidates,
             limits=limits,
             forced=forced,
+            grid=grid,
         )

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from pbs import BlockGrid
 from pbs.ops.block_selection import (
     list_blocks,
     select_pooled_blocks,
@@ -118,7 +119,8 @@ def test_wrong_use_is_refused():
 
 @pytest.mark.parametrize("threshold", [0.3, 0.9, 1.0])
 @pytest.mark.parametrize("max_scores", [1, 120, 1 << 23])
-def test_pooled_blocks_are_those_of_the_softmax(threshold, max_scores, monkeypatch):
+@pytest.mark.parametrize("grid", [None, BlockGrid(9 * 16, 9 * 16, 16, 16)], ids=["any", "causal"])
+def test_pooled_blocks_are_those_of_the_softmax(threshold, max_scores, grid, monkeypatch):
     monkeypatch.setattr(triton, "MAX_SCORES", max_scores)
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, heads, 9, 16, generator=generator) for heads in (2, 1))
@@ -129,6 +131,7 @@ def test_pooled_blocks_are_those_of_the_softmax(threshold, max_scores, monkeypat
         "candidates": candidates,
         "limits": candidates,
         "forced": torch.tensor([[3], [5]]),
+        "grid": grid,
     }
     blocks, counts = select_pooled_blocks(q, k, backend="triton", **arguments)
     expected, expected_counts = select_pooled_blocks(q, k, backend="reference", **arguments)

@@ -8,6 +8,7 @@ from types import ModuleType
 from torch import Tensor
 
 from pbs.ops.block_selection.reference import select_top_p
+from pbs.ops.grid import BlockGrid
 
 __all__ = ["list_blocks", "select_pooled_blocks", "select_top_p", "select_top_p_blocks"]
 
@@ -75,6 +76,7 @@ def select_pooled_blocks(
     candidates: Tensor,
     limits: Tensor,
     forced: Tensor | None = None,
+    grid: BlockGrid | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """:func:`select_top_p_blocks` of softmax(q̄ k̄ᵀ scale) over the candidates.
@@ -89,6 +91,8 @@ def select_pooled_blocks(
         candidates: as there.
         limits: as there.
         forced: as there.
+        grid: the tiles that the blocks are; given, no candidate may lie past its causal ones, and
+            the Triton backend computes no logits there.
         backend: as there.
 
     Returns:
@@ -104,6 +108,7 @@ def select_pooled_blocks(
         candidates=candidates,
         limits=limits,
         forced=forced,
+        grid=grid,
     )
     return selected
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pbs.ops.grid import BlockGrid
 from pbs.ops.pooling import block_logits, softmax_over
 
 
@@ -66,6 +67,7 @@ def select_pooled_blocks(
     candidates: Tensor,
     limits: Tensor,
     forced: Tensor | None,
+    grid: BlockGrid | None,  # noqa: ARG001 - all logits are computed
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pbs.ops.block_selection.api.select_pooled_blocks`."""
     tiles = torch.arange(k_means.shape[2], device=k_means.device)

@@ -10,16 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Longest row that one program holds in registers: 64 a thread with 16 warps. Lists are int16.
+from pbs.ops.grid import BlockGrid
+
+# Longest row that one program holds in registers: 64 values a thread, 16 warps. Lists are int16.
 MAX_KEY_TILES = 32768
 # Logits of pooled blocks held at once: 2^23 fp32 values are 32 MB.
 MAX_SCORES = 1 << 23
-
-
-@triton.jit
-def _is_enough(p, bits, cut, threshold):
-    """Whether what lies above the cut sums to less than the threshold."""
-    return tl.sum(tl.where(bits > cut, p, 0.0), 0) < threshold
 
 
 @triton.jit
@@ -37,6 +33,7 @@ def select_top_p_blocks_kernel(
     num_heads,
     num_query_tiles,
     num_key_tiles,
+    row_width,
     FORCED_GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     HAS_FORCED: tl.constexpr,
@@ -52,7 +49,7 @@ def select_top_p_blocks_kernel(
     is_candidate = tiles < tl.load(candidates_ptr + tile)
     kept = is_candidate
     if not KEEPS_ALL:
-        place = (plane * tl.num_programs(0) + tl.program_id(0)) * num_key_tiles
+        place = (plane * tl.num_programs(0) + tl.program_id(0)) * row_width
         if ARE_LOGITS:
             x = tl.load(rows_ptr + place + tiles, mask=is_candidate, other=float("-inf")) * scale
             # A row without candidates has maximum -inf and sum 0; -inf - -inf would be NaN.
@@ -61,25 +58,19 @@ def select_top_p_blocks_kernel(
         else:
             p = tl.load(rows_ptr + place + tiles, mask=is_candidate, other=0.0)
         # Bits of non-negative floats are ordered like the floats: find the smallest value v for
-        # which what lies above it sums to less than the threshold, in quarters of the range left.
+        # which what lies above it sums to less than the threshold.
         bits = p.to(tl.int32, bitcast=True)
         low = tl.full([], -1, tl.int32)
         high = tl.max(bits, 0)
+        if ARE_LOGITS and threshold < 0.9999:
+            # All values up to half of the mean of what may be left out sum to too little.
+            least = (1.0 - threshold) * 0.5 / tl.maximum(tl.load(candidates_ptr + tile), 1)
+            low = least.to(tl.float32).to(tl.int32, bitcast=True)
         while high - low > 1:
-            quarter = tl.maximum((high - low) // 4, 1)
-            first = low + quarter
-            second = low + (high - low) // 2
-            third = high - quarter
-            enough_1 = _is_enough(p, bits, first, threshold)
-            enough_2 = _is_enough(p, bits, second, threshold)
-            enough_3 = _is_enough(p, bits, third, threshold)
-            new_low = tl.where(enough_1, low, first)
-            new_low = tl.where(enough_2, new_low, second)
-            new_low = tl.where(enough_3, new_low, third)
-            high = tl.where(enough_3, third, high)
-            high = tl.where(enough_2, second, high)
-            high = tl.where(enough_1, first, high)
-            low = new_low
+            middle = low + (high - low) // 2
+            is_enough = tl.sum(tl.where(bits > middle, p, 0.0), 0) < threshold
+            high = tl.where(is_enough, middle, high)
+            low = tl.where(is_enough, low, middle)
         above = tl.sum(tl.where(bits > high, p, 0.0), 0)
         ties = (bits == high) & is_candidate
         rank = tl.cumsum(ties.to(tl.int32), 0) - 1
@@ -147,6 +138,7 @@ def select_pooled_blocks(
     candidates: Tensor,
     limits: Tensor,
     forced: Tensor | None,
+    grid: BlockGrid | None,
 ) -> tuple[Tensor, Tensor]:
     """Some query blocks of all heads at a time, so that their logits stay in bounds."""
     batch, num_heads, num_query_tiles, _ = q_means.shape
@@ -163,8 +155,10 @@ def select_pooled_blocks(
     num_rows = max(1, MAX_SCORES // (batch * num_heads * num_key_tiles))
     for first in range(0, num_query_tiles, num_rows):
         chunk = grouped[:, :, first : first + num_rows]
-        logits = torch.bmm(chunk.flatten(1, 2), keys)  # [Z Ho, G rows, Tk]
-        rows = logits.view(batch, num_heads, chunk.shape[2], num_key_tiles)
+        end = min(num_query_tiles, first + num_rows)
+        width = num_key_tiles if grid is None else grid.num_causal_key_tiles(end)
+        logits = torch.bmm(chunk.flatten(1, 2), keys[:, :, :width])  # [Z Ho, G rows, width]
+        rows = logits.view(batch, num_heads, end - first, width)
         _select(rows, lists, bounds, first, threshold=threshold, scale=scale)
     return lists
 
@@ -186,7 +180,7 @@ def _select(
     candidates, limits, forced = bounds
     batch, num_heads, num_query_tiles, num_key_tiles = blocks.shape
     stand_in = counts if forced is None else forced.expand(batch, -1)
-    block_t = triton.next_power_of_2(num_key_tiles)
+    block_t = triton.next_power_of_2(rows.shape[3] or num_key_tiles)
     select_top_p_blocks_kernel[(rows.shape[2], batch * num_heads)](
         rows,
         candidates,
@@ -201,6 +195,7 @@ def _select(
         num_heads,
         num_query_tiles,
         num_key_tiles,
+        rows.shape[3],
         FORCED_GROUP=1 if forced is None else num_heads // forced.shape[1],
         BLOCK_T=block_t,
         HAS_FORCED=forced is not None,
@@ -222,4 +217,5 @@ def _empty_lists(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, 
 
 
 def _num_warps(block_t: int) -> int:
-    return max(1, min(16, block_t // 256))
+    """Few: sums over a row that one warp holds need no barrier."""
+    return max(1, min(16, block_t // 1024))

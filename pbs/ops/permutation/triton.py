@@ -1,11 +1,9 @@
-"""Triton kernels: scores without writing logits, a sort per segment in registers, row gathers.
+"""Triton kernels: scores without writing logits, places within segments by counting, row gathers.
 
 Legend: see :mod:`pbs.ops.grid`; P proxy queries, S segment. In the kernels: M proxy rows, N keys.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -16,17 +14,20 @@ LOG2_E = 1.4426950408889634
 # Parts of the keys that programs of the first pass reduce to a maximum and a sum per proxy query:
 # enough to fill a GPU, few enough that every program of the second pass can combine them itself.
 MAX_CHUNKS = 32
-# A segment whose keys one program scores and sorts: what its registers and shared memory hold.
-MAX_FUSED_SEGMENT = 256
-MAX_FUSED_BYTES = 1 << 16
+# Programs of the first pass that fill a GPU.
+NUM_PROGRAMS = 256
 
 
 @triton.jit
-def _logits(q, k_base, rows, k_stride, dims, num_keys, scale_log2, HEAD_DIM: tl.constexpr):
-    """Base-2 logits of some keys; -inf past the last key."""
+def _load_keys(k_base, rows, k_stride, dims, num_keys, HEAD_DIM: tl.constexpr):
     keep = (rows < num_keys)[:, None] & (dims < HEAD_DIM)[None, :]
     pointers = k_base + rows.to(tl.int64)[:, None] * k_stride + dims[None, :]
-    k = tl.load(pointers, mask=keep, other=0.0)  # [N, D]
+    return tl.load(pointers, mask=keep, other=0.0)  # [N, D]
+
+
+@triton.jit
+def _logits(q, k, rows, num_keys, scale_log2):
+    """Base-2 logits of some keys; -inf past the last key."""
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [M, N]
     return tl.where((rows < num_keys)[None, :], logits, float("-inf"))
 
@@ -71,7 +72,8 @@ def proxy_normaliser_kernel(
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     for start in range(0, chunk_size, BLOCK_N):
         rows = chunk * chunk_size + start + tl.arange(0, BLOCK_N)
-        logits = _logits(q, k_base, rows, k_strides[2], dims, num_keys, scale_log2, HEAD_DIM)
+        k = _load_keys(k_base, rows, k_strides[2], dims, num_keys, HEAD_DIM)
+        logits = _logits(q, k, rows, num_keys, scale_log2)
         new_max = tl.maximum(row_max, tl.max(logits, 1))
         # The first tile of a chunk always has a key: new_max is finite.
         row_sum = row_sum * tl.exp2(row_max - new_max)
@@ -98,45 +100,6 @@ def _normalisers(maxima_ptr, sums_ptr, plane, proxy, num_proxy, num_chunks, BLOC
 
 
 @triton.jit
-def _importance(
-    q_ptr,
-    k_ptr,
-    maxima_ptr,
-    sums_ptr,
-    q_strides,
-    k_strides,
-    scale_log2,
-    num_heads,
-    num_keys,
-    num_proxy,
-    num_chunks,
-    rows,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Mean probability of BLOCK_N keys over all proxy queries, [N]."""
-    plane = tl.program_id(1)
-    batch = plane // num_heads
-    head = plane % num_heads
-    dims = tl.arange(0, BLOCK_D)
-    k_base = k_ptr + batch.to(tl.int64) * k_strides[0] + (head // GROUP).to(tl.int64) * k_strides[1]
-    total = tl.zeros([BLOCK_N], dtype=tl.float32)
-    for start in range(0, num_proxy, BLOCK_M):
-        proxy = start + tl.arange(0, BLOCK_M)
-        q = _load_proxy(q_ptr, q_strides, batch, head, proxy, dims, num_proxy, HEAD_DIM)
-        logits = _logits(q, k_base, rows, k_strides[2], dims, num_keys, scale_log2, HEAD_DIM)
-        normaliser = _normalisers(
-            maxima_ptr, sums_ptr, plane.to(tl.int64), proxy, num_proxy, num_chunks, BLOCK_C
-        )
-        total += tl.sum(tl.exp2(logits - normaliser[:, None]), 0)
-    return total / num_proxy
-
-
-@triton.jit
 def key_importance_kernel(
     q_ptr,
     k_ptr,
@@ -157,95 +120,44 @@ def key_importance_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program: the importance of BLOCK_N keys of one head."""
+    """One program: the mean probability of BLOCK_N keys of one head over all proxy queries."""
+    plane = tl.program_id(1)
+    batch = plane // num_heads
+    head = plane % num_heads
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    scores = _importance(
-        q_ptr,
-        k_ptr,
-        maxima_ptr,
-        sums_ptr,
-        q_strides,
-        k_strides,
-        scale_log2,
-        num_heads,
-        num_keys,
-        num_proxy,
-        num_chunks,
-        rows,
-        GROUP,
-        HEAD_DIM,
-        BLOCK_D,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_C,
-    )
-    places = tl.program_id(1).to(tl.int64) * num_keys + rows
-    tl.store(scores_ptr + places, scores, mask=rows < num_keys)
-
-
-@triton.jit
-def _sorted(scores, inside, local, BLOCK_S: tl.constexpr):
-    """Places by descending score, ties in natural order; what is not inside comes last."""
-    # Scores are not negative, so their bits are ordered like them. The index below the score makes
-    # every key different and puts the lower index first.
-    bits = tl.where(inside, scores.to(tl.int32, bitcast=True).to(tl.int64), -1)
-    ranked = tl.sort(bits * BLOCK_S + (BLOCK_S - 1 - local), descending=True)
-    return BLOCK_S - 1 - (ranked & (BLOCK_S - 1))
-
-
-@triton.jit
-def order_segments_kernel(
-    q_ptr,
-    k_ptr,
-    maxima_ptr,
-    sums_ptr,
-    order_ptr,
-    q_strides,
-    k_strides,
-    scale_log2,
-    num_heads,
-    num_keys,
-    num_proxy,
-    num_chunks,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """One program: scores and sorts one segment of one head; an incomplete one stays as it is."""
-    segment = tl.program_id(0)
-    local = tl.arange(0, BLOCK_S)
-    rows = segment * SEGMENT + local
-    inside = local < SEGMENT
-    num_complete = num_keys // SEGMENT * SEGMENT
-    order = rows.to(tl.int64)
-    if segment * SEGMENT < num_complete:
-        scores = _importance(
-            q_ptr,
-            k_ptr,
-            maxima_ptr,
-            sums_ptr,
-            q_strides,
-            k_strides,
-            scale_log2,
-            num_heads,
-            num_complete,
-            num_proxy,
-            num_chunks,
-            rows,
-            GROUP,
-            HEAD_DIM,
-            BLOCK_D,
-            BLOCK_M,
-            BLOCK_S,
-            BLOCK_C,
+    dims = tl.arange(0, BLOCK_D)
+    k_base = k_ptr + batch.to(tl.int64) * k_strides[0] + (head // GROUP).to(tl.int64) * k_strides[1]
+    k = _load_keys(k_base, rows, k_strides[2], dims, num_keys, HEAD_DIM)
+    total = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for start in range(0, num_proxy, BLOCK_M):
+        proxy = start + tl.arange(0, BLOCK_M)
+        q = _load_proxy(q_ptr, q_strides, batch, head, proxy, dims, num_proxy, HEAD_DIM)
+        logits = _logits(q, k, rows, num_keys, scale_log2)
+        normaliser = _normalisers(
+            maxima_ptr, sums_ptr, plane.to(tl.int64), proxy, num_proxy, num_chunks, BLOCK_C
         )
-        order = segment * SEGMENT + _sorted(scores, inside, local, BLOCK_S)
-    places = tl.program_id(1).to(tl.int64) * num_keys + rows
-    tl.store(order_ptr + places, order, mask=inside & (rows < num_keys))
+        total += tl.sum(tl.exp2(logits - normaliser[:, None]), 0)
+    places = plane.to(tl.int64) * num_keys + rows
+    tl.store(scores_ptr + places, total / num_proxy, mask=rows < num_keys)
+
+
+@triton.jit
+def _sort_keys(scores, inside, local, BLOCK_S: tl.constexpr):
+    """Integers that are all different and ordered like the scores, ties by lower place first."""
+    # Scores are not negative, so their bits are ordered like them; what is not inside comes last.
+    bits = tl.where(inside, scores.to(tl.int32, bitcast=True).to(tl.int64), -1)
+    return bits * BLOCK_S + (BLOCK_S - 1 - local)
+
+
+@triton.jit
+def _num_larger(keys, others):
+    """How many of the others are larger than each key.
+
+    Counting compares every pair, yet for segments of a few hundred keys it beats a sorting network:
+    its stages exchange values between threads, the comparisons of a pair need none.
+    """
+    # The others along the first axis: a thread then holds many of one column and adds them alone.
+    return tl.sum((others[:, None] > keys[None, :]).to(tl.int32), 0)
 
 
 @triton.jit
@@ -256,17 +168,23 @@ def sort_segments_kernel(
     num_keys,
     SEGMENT: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """One program: one segment of one head."""
-    segment = tl.program_id(0)
+    """One program: the places of BLOCK_N keys among all of their segment."""
+    PARTS: tl.constexpr = (SEGMENT + BLOCK_N - 1) // BLOCK_N
     head = tl.program_id(1).to(tl.int64)
-    local = tl.arange(0, BLOCK_S)
-    inside = local < SEGMENT
-    scores = tl.load(
-        scores_ptr + head * num_scores + segment * SEGMENT + local, mask=inside, other=0.0
-    )
-    order = segment * SEGMENT + _sorted(scores, inside, local, BLOCK_S)
-    tl.store(order_ptr + head * num_keys + segment * SEGMENT + local, order, mask=inside)
+    first = tl.program_id(0) // PARTS * SEGMENT
+    scores_ptr += head * num_scores + first
+    local = tl.program_id(0) % PARTS * BLOCK_N + tl.arange(0, BLOCK_N)
+    scores = tl.load(scores_ptr + local, mask=local < SEGMENT, other=0.0)
+    keys = _sort_keys(scores, local < SEGMENT, local, BLOCK_S)
+    rank = tl.zeros([BLOCK_N], dtype=tl.int32)
+    for start in range(0, SEGMENT, BLOCK_N):
+        others = start + tl.arange(0, BLOCK_N)
+        scores = tl.load(scores_ptr + others, mask=others < SEGMENT, other=0.0)
+        rank += _num_larger(keys, _sort_keys(scores, others < SEGMENT, others, BLOCK_S))
+    places = head * num_keys + first + rank
+    tl.store(order_ptr + places, (first + local).to(tl.int64), mask=local < SEGMENT)
 
 
 @triton.jit
@@ -315,103 +233,83 @@ def gather_keys_kernel(
 
 def key_importance(proxy: Tensor, k: Tensor, *, scale: float) -> Tensor:
     """Two passes over the keys: maxima and sums of the proxy queries, then means per key."""
-    first = _first_pass(proxy, k, k.shape[2], scale)
-    batch, num_heads, _, _ = proxy.shape
+    proxy, k = (x if x.stride(3) == 1 else x.contiguous() for x in (proxy, k))
+    batch, num_heads, num_proxy, head_dim = proxy.shape
     num_keys = k.shape[2]
+    planes = batch * num_heads
+    block_d = triton.next_power_of_2(max(head_dim, 16))
+    is_wide = block_d * k.element_size() > 256
+    block_m = min(64 if is_wide else 128, triton.next_power_of_2(max(num_proxy, 16)))
+    block_n = 64 if is_wide else 128
+    tiles = triton.cdiv(num_keys, block_n)
+    chunk_size = triton.cdiv(tiles, min(MAX_CHUNKS, max(4, NUM_PROGRAMS // planes))) * block_n
+    num_chunks = triton.cdiv(num_keys, chunk_size)
+    maxima = proxy.new_empty(planes, num_chunks, num_proxy, dtype=torch.float32)
+    sums = torch.empty_like(maxima)
     scores = proxy.new_empty(batch, num_heads, num_keys, dtype=torch.float32)
-    block_n = first.shape["BLOCK_N"]
-    key_importance_kernel[(triton.cdiv(num_keys, block_n), batch * num_heads)](
-        *first.tensors,
+    sizes = (scale * LOG2_E, num_heads, num_keys, num_proxy, num_chunks)
+    strides = (proxy.stride(), k.stride())
+    options = {
+        "GROUP": num_heads // k.shape[1],
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": block_d,
+        "BLOCK_N": block_n,
+        "num_stages": 2,  # two programs an SM
+    }
+    # All proxy queries at once, where they fit: the keys are then read once.
+    proxy_normaliser_kernel[(num_chunks, planes, triton.cdiv(num_proxy, block_m))](
+        proxy,
+        k,
+        maxima,
+        sums,
+        *strides,
+        *sizes,
+        chunk_size,
+        **options,
+        BLOCK_M=block_m,
+        num_warps=8 if block_m == 128 else 4,
+    )
+    key_importance_kernel[(tiles, planes)](
+        proxy,
+        k,
+        maxima,
+        sums,
         scores,
-        *first.strides,
-        *first.sizes,
-        **first.shape,
-        BLOCK_C=MAX_CHUNKS,
+        *strides,
+        *sizes,
+        **options,
+        BLOCK_M=min(64, block_m),
+        BLOCK_C=triton.next_power_of_2(num_chunks),
     )
     return scores
 
 
 def importance_order(proxy: Tensor, k: Tensor, *, scale: float, segment_size: int) -> Tensor:
-    """Scores and sorts a segment in one program; large segments are scored, then sorted."""
+    """Scores, then places; writing 4 bytes a key between them costs less than sharing a program."""
     num_keys = k.shape[2]
     num_sorted = num_keys // segment_size * segment_size
-    row_bytes = triton.next_power_of_2(k.shape[3]) * k.element_size()
-    if segment_size > MAX_FUSED_SEGMENT or segment_size * row_bytes > MAX_FUSED_BYTES:
-        scores = key_importance(proxy, k[:, :, :num_sorted], scale=scale)
-        return sort_segments(scores, num_keys=num_keys, segment_size=segment_size)
-    first = _first_pass(proxy, k, num_sorted, scale)
-    batch, num_heads, _, _ = proxy.shape
-    order = torch.empty(batch, num_heads, num_keys, dtype=torch.int64, device=k.device)
-    shape = {name: value for name, value in first.shape.items() if name != "BLOCK_N"}
-    scale_log2, _, _, num_proxy, num_chunks = first.sizes
-    order_segments_kernel[(triton.cdiv(num_keys, segment_size), batch * num_heads)](
-        *first.tensors,
-        order,
-        *first.strides,
-        scale_log2,
-        num_heads,
-        num_keys,
-        num_proxy,
-        num_chunks,
-        **shape,
-        BLOCK_C=MAX_CHUNKS,
-        SEGMENT=segment_size,
-        BLOCK_S=max(16, triton.next_power_of_2(segment_size)),
-        num_warps=8 if segment_size > 128 else 4,
-        num_stages=1,  # two rounds at most: nothing to prefetch, and the keys fill shared memory
-    )
-    return order
-
-
-class _FirstPass(NamedTuple):
-    """What the second pass needs: launch arguments in the order of the kernels' signatures."""
-
-    tensors: tuple[Tensor, ...]
-    strides: tuple[tuple[int, ...], tuple[int, ...]]
-    sizes: tuple[float, int, int, int, int]
-    shape: dict[str, int]
-
-
-def _first_pass(proxy: Tensor, k: Tensor, num_keys: int, scale: float) -> _FirstPass:
-    """Maximum and sum of every proxy query over each chunk of the first ``num_keys`` keys."""
-    proxy, k = (x if x.stride(3) == 1 else x.contiguous() for x in (proxy, k))
-    batch, num_heads, num_proxy, head_dim = proxy.shape
-    block_d = triton.next_power_of_2(max(head_dim, 16))
-    block_m = min(64, triton.next_power_of_2(max(num_proxy, 16)))
-    shape = {
-        "GROUP": num_heads // k.shape[1],
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": block_d,
-        "BLOCK_M": block_m,
-        "BLOCK_N": 64 if block_d * k.element_size() > 256 else 128,
-    }
-    tiles = triton.cdiv(num_keys, shape["BLOCK_N"])
-    chunk_size = triton.cdiv(tiles, MAX_CHUNKS) * shape["BLOCK_N"]
-    num_chunks = triton.cdiv(num_keys, chunk_size)
-    maxima = proxy.new_empty(batch * num_heads, num_chunks, num_proxy, dtype=torch.float32)
-    sums = torch.empty_like(maxima)
-    sizes = (scale * LOG2_E, num_heads, num_keys, num_proxy, num_chunks)
-    strides = (proxy.stride(), k.stride())
-    proxy_normaliser_kernel[(num_chunks, batch * num_heads, triton.cdiv(num_proxy, block_m))](
-        proxy, k, maxima, sums, *strides, *sizes, chunk_size, **shape
-    )
-    return _FirstPass((proxy, k, maxima, sums), strides, sizes, shape)
+    scores = key_importance(proxy, k[:, :, :num_sorted], scale=scale)
+    return sort_segments(scores, num_keys=num_keys, segment_size=segment_size)
 
 
 def sort_segments(scores: Tensor, *, num_keys: int, segment_size: int) -> Tensor:
-    """One program per segment, which it sorts in registers."""
+    """Every key counts the larger ones of its segment."""
     scores = scores.contiguous()
     batch, num_heads, num_scores = scores.shape
     order = torch.empty(batch, num_heads, num_keys, dtype=torch.int64, device=scores.device)
     if num_scores < num_keys:
         order[..., num_scores:] = torch.arange(num_scores, num_keys, device=scores.device)
-    sort_segments_kernel[(num_scores // segment_size, batch * num_heads)](
+    block_s = triton.next_power_of_2(segment_size)
+    block_n = min(64, block_s)
+    num_parts = num_scores // segment_size * triton.cdiv(segment_size, block_n)
+    sort_segments_kernel[(num_parts, batch * num_heads)](
         scores,
         order,
         num_scores,
         num_keys,
         SEGMENT=segment_size,
-        BLOCK_S=triton.next_power_of_2(segment_size),
+        BLOCK_S=block_s,
+        BLOCK_N=block_n,
     )
     return order
 
