@@ -19,9 +19,9 @@ class FlashAttention(AttentionMethod):
     """Full causal attention. Density and coverage are 1.
 
     Args:
-        kernel: one of ``pbs.ops.dense.DENSE_KERNELS``: "fa3" and "fa2" (packages), SDPA's "cudnn",
-            "flash" (FlashAttention-2), "efficient" and "math", or "auto", the fastest that supports
-            the case. Results name the one that ran.
+        kernel: one of ``pbs.ops.dense.DENSE_KERNELS``: "fa4", "fa3" and "fa2" (packages), SDPA's
+            "cudnn", "flash" (FlashAttention-2), "efficient" and "math", or "auto", the fastest that
+            supports the case. Results name the one that ran.
 
     Source: arXiv 2307.08691 (FlashAttention-2).
     """

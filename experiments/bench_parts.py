@@ -143,7 +143,7 @@ def run_ttft(run: Run) -> list[Record]:
     )
     config = model.config
     shape = Shape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    kernels = [name for name in run.dense if name in ("flash", "cudnn", "fa3", "cpu")]
+    kernels = [name for name in run.dense if name in ("flash", "cudnn", "fa3", "fa4", "cpu")]
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     records = []
     for length in run.plan.ttft_lengths:

@@ -1,7 +1,8 @@
 """Dense causal attention by every kernel there is, each by name: what a speed-up is stated over.
 
 Names are those of ``pbs.ops.dense.DENSE_KERNELS``: "flash" is the FlashAttention-2 inside PyTorch,
-"fa2" and "fa3" are the packages. All get the same causal, grouped-query problem in the same dtype.
+"fa2", "fa3" and "fa4" are the packages. All get the same causal, grouped-query problem in the same
+dtype.
 """
 
 from __future__ import annotations
@@ -9,21 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pbs.ops.dense import dense_attention
+from pbs.ops.dense import dense_attention, is_installed
 from pbs.registry import unknown
 
 DenseKernel = Callable[..., Tensor]
 
 # Those of a CUDA device that are compared with by default, if they are there.
-CUDA_KERNELS = ("flash", "cudnn", "fa2", "fa3")
-PACKAGES = {"fa2": "flash_attn", "fa3": "flash_attn_interface"}
+CUDA_KERNELS = ("flash", "cudnn", "fa2", "fa3", "fa4")
 # Kernels that PyTorch's SDPA can be told to run inside somebody else's model.
 SDPA_BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
@@ -42,7 +41,7 @@ def dense_kernels(
     """
     valid = ["cpu"]
     if torch.device(device).type == "cuda":
-        valid = [n for n in CUDA_KERNELS if n not in PACKAGES or find_spec(PACKAGES[n])]
+        valid = [name for name in CUDA_KERNELS if is_installed(name)]
     for name in names or ():
         if name not in valid:
             raise ValueError(unknown(f"dense kernel of device {device}:", name, valid))

@@ -27,6 +27,8 @@ PACKAGES = (
     "wandb",
     "opencompass",
     "flash-attn",
+    "flash-attn-4",
+    "nvidia-cutlass-dsl",
 )
 
 

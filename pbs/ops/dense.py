@@ -18,10 +18,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pbs.checks import check_choice
 
-# "flash", "cudnn", "efficient" and "math" are SDPA's ("flash" is FlashAttention-2), "fa2" and "fa3"
-# the flash-attention packages, "cpu" PyTorch's CPU kernel.
-DENSE_KERNELS = ("auto", "fa3", "fa2", "cudnn", "flash", "efficient", "math", "cpu")
-_PACKAGES = {"fa3": "flash_attn_interface", "fa2": "flash_attn"}
+# "flash", "cudnn", "efficient" and "math" are SDPA's ("flash" is FlashAttention-2), "fa2", "fa3"
+# and "fa4" the flash-attention packages, "cpu" PyTorch's CPU kernel.
+DENSE_KERNELS = ("auto", "fa4", "fa3", "fa2", "cudnn", "flash", "efficient", "math", "cpu")
+# The modules that hold `flash_attn_func`; those of 2 and 4 share a parent.
+_MODULES = {
+    "fa2": "flash_attn.flash_attn_interface",
+    "fa3": "flash_attn_interface",
+    "fa4": "flash_attn.cute",
+}
+_PACKAGES = {"fa2": "flash-attn", "fa3": "flash-attn 3 (its folder hopper/)", "fa4": "flash-attn-4"}
 _SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -85,8 +91,8 @@ def choose_dense_kernel(kernel: str, q: Tensor, k: Tensor) -> str:
         k: ``[Z, Hkv, Nk, D]``.
 
     Returns:
-        A name of ``DENSE_KERNELS`` other than "auto"; "auto" prefers, on a CUDA device, fa3, cudnn,
-        flash, efficient, math, and "cpu" on a CPU.
+        A name of ``DENSE_KERNELS`` other than "auto"; "auto" prefers, on a CUDA device, fa4, fa3,
+        cudnn, flash, efficient, math, and "cpu" on a CPU.
 
     Raises:
         ValueError: unknown kernel.
@@ -95,11 +101,10 @@ def choose_dense_kernel(kernel: str, q: Tensor, k: Tensor) -> str:
     """
     check_choice(kernel, DENSE_KERNELS, name="dense kernel")
     if kernel == "auto":
-        candidates = ("fa3", "cudnn", "flash", "efficient") if q.is_cuda else ("cpu",)
+        candidates = ("fa4", "fa3", "cudnn", "flash", "efficient") if q.is_cuda else ("cpu",)
         return next((name for name in candidates if _supports(name, q, k)), "math")
-    package = _PACKAGES.get(kernel)
-    if package is not None and find_spec(package) is None:
-        raise ImportError(f"dense kernel {kernel!r} needs the package {package}; install it")
+    if not is_installed(kernel):
+        raise ImportError(f"dense kernel {kernel!r} needs {_PACKAGES[kernel]}; install it")
     if not _supports(kernel, q, k):
         raise NotImplementedError(
             f"dense kernel {kernel!r} does not support q {tuple(q.shape)}, k {tuple(k.shape)}, "
@@ -108,15 +113,28 @@ def choose_dense_kernel(kernel: str, q: Tensor, k: Tensor) -> str:
     return kernel
 
 
+def is_installed(kernel: str) -> bool:
+    """Whether the package of a dense kernel is there; those of PyTorch always are."""
+    module = _MODULES.get(kernel)
+    if module is None:
+        return True
+    parent = module.partition(".")[0]
+    return find_spec(parent) is not None and find_spec(module) is not None
+
+
 def _supports(kernel: str, q: Tensor, k: Tensor) -> bool:
     """Whether a kernel can run causal attention on these tensors."""
     if kernel == "math":
         return True
     if kernel == "cpu" or not q.is_cuda:
         return kernel == "cpu" and not q.is_cuda
-    if kernel in _PACKAGES:
+    if kernel in _MODULES:
         fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] <= 256
-        return fits and find_spec(_PACKAGES[kernel]) is not None
+        if kernel == "fa4":  # written for sm_90 and later, larger heads for some of them only
+            fits = (
+                fits and q.shape[3] <= 128 and torch.cuda.get_device_capability(q.device) >= (9, 0)
+            )
+        return fits and is_installed(kernel)
     # SDPA masks from the top left; only its flash kernel has a bottom-right form.
     is_square = q.shape[2] == k.shape[2]
     parameters = torch.backends.cuda.SDPAParams(q, k, k, None, 0.0, is_square, True)
@@ -131,8 +149,8 @@ def _run_kernel(kernel: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> T
     """Causal attention by a kernel that supports the case."""
     if q.shape[2] == 1:  # sees every key: no mask, on any kernel
         return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
-    if kernel in _PACKAGES:
-        function = import_module(_PACKAGES[kernel]).flash_attn_func
+    if kernel in _MODULES:
+        function = import_module(_MODULES[kernel]).flash_attn_func
         swapped = (x.transpose(1, 2) for x in (q, k, v))
         out = function(*swapped, softmax_scale=scale, causal=True)
         out = out[0] if isinstance(out, tuple) else out

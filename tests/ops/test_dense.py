@@ -57,7 +57,8 @@ def test_kernel_is_chosen_and_named():
     ("kernel", "error", "message"),
     [
         ("flash3", ValueError, "unknown dense kernel 'flash3'. Did you mean 'flash'"),
-        ("fa3", ImportError, "needs the package flash_attn_interface"),
+        ("fa3", ImportError, "needs flash-attn 3"),
+        ("fa4", ImportError, "needs flash-attn-4"),
         ("cudnn", NotImplementedError, "does not support q .* on cpu; kernel='auto'"),
     ],
 )
