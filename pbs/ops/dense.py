@@ -142,6 +142,9 @@ def _supports(kernel: str, q: Tensor, k: Tensor) -> bool:
         return is_square and torch.backends.cuda.can_use_cudnn_attention(parameters)
     if kernel == "flash":
         return torch.backends.cuda.can_use_flash_attention(parameters)
+    # The efficient kernel has no groups: it gets each key head once per query head.
+    every = k[:, :1].expand(-1, q.shape[1], -1, -1)
+    parameters = torch.backends.cuda.SDPAParams(q, every, every, None, 0.0, is_square, False)
     return is_square and torch.backends.cuda.can_use_efficient_attention(parameters)
 
 
@@ -167,6 +170,8 @@ def _run_kernel(kernel: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> T
         return _chunked_attention(
             q, k, v, scale=scale, sliding_window=None, softcap=None, sinks=None
         )
+    if kernel == "efficient":
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     with nullcontext() if kernel == "cpu" else sdpa_kernel(_SDPA[kernel]):
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 

@@ -6,7 +6,7 @@ import torch
 from pbs import BlockGrid, block_sparse_attention
 from pbs.ops.antidiagonal import antidiagonal_block_sums
 from pbs.ops.block_selection import select_pooled_blocks, select_top_p_blocks
-from pbs.ops.dense import dense_attention
+from pbs.ops.dense import choose_dense_kernel, dense_attention
 from pbs.ops.permutation import (
     gather_and_pool,
     gather_keys,
@@ -197,3 +197,15 @@ def test_dense_attention_is_aligned_bottom_right(num_queries, num_keys):
     assert_within_budget(
         out, eager_attention(q, k, v, mask, 0.125), exact_attention(q, k, v, mask, 0.125)
     )
+
+
+def test_dense_attention_in_fp32_never_writes_all_logits():
+    q, k, v = make_qkv(1, 4, 2, 4096, 32)
+    q, k, v = q.cuda(), k.cuda(), v.cuda()
+    assert choose_dense_kernel("auto", q, k) == "efficient"
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = dense_attention(q, k, v, scale=0.2)
+    assert torch.cuda.max_memory_allocated() - before < 4 * 4096 * 4096  # a quarter of them
+    expected = dense_attention(q, k, v, scale=0.2, kernel="math")
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
