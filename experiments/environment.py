@@ -34,6 +34,8 @@ PACKAGES = (
 
 def describe_environment() -> dict[str, Any]:
     """Packages, device, driver, threads, commit and time. No names of hosts, users or folders."""
+    commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    is_dirty = bool(_output("git", "-C", str(ROOT), "status", "--porcelain"))
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -47,8 +49,9 @@ def describe_environment() -> dict[str, Any]:
         if torch.cuda.is_available()
         else None,
         "cuda": torch.version.cuda,
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
-        "is_dirty": bool(_output("git", "-C", str(ROOT), "status", "--porcelain")),
+        # Where the files came without the repository, PBS_COMMIT says which they are.
+        "commit": commit or os.environ.get("PBS_COMMIT"),
+        "is_dirty": is_dirty if commit else None,
     }
 
 
