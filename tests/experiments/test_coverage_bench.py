@@ -154,7 +154,7 @@ def test_wrong_settings_are_explained(settings, message):
         ("bench.values=[1.5]", r"threshold must lie in \(0, 1\]"),
         ("bench.layers=[2]", "bench.layers has 2, the model's are 0 to 1"),
         ("bench.heads=[4]", "bench.heads has 4, the model's are 0 to 3"),
-        ("bench.lengths=[99999]", "the model takes 16384 tokens"),
+        ("bench.lengths=[99999]", "the model takes 32768 tokens"),
     ],
 )
 def test_what_does_not_fit_the_model_is_a_recorded_failure(compose_cell, override, message):

@@ -13,7 +13,7 @@ TINY = "experiments/tiny"
 
 def test_the_embedded_model_loads_once():
     loaded = load_model(ModelConfig(name="tiny", path=TINY))
-    assert loaded.max_length == 16384
+    assert loaded.max_length == 32768
     assert not loaded.model.training
     assert load_model(ModelConfig(name="tiny", path=TINY)) is loaded
 

@@ -166,7 +166,7 @@ def test_wrong_values_are_recorded_with_advice(run):
 
 def test_a_prompt_longer_than_the_model_takes_is_refused_before_running(run):
     store = run("method=flash", "bench.lengths=[512,65536]")
-    assert "the model takes 16384 tokens" in store.metrics()["error"]["message"]
+    assert "the model takes 32768 tokens" in store.metrics()["error"]["message"]
     assert store.samples() == []
 
 

@@ -131,7 +131,7 @@ REFUSED = {
     "method=pbs bench.coverage_layers=[9]": "bench.coverage_layers must lie in [0, 1]",
     "method=pbs bench.coverage_heads=[99]": "bench.coverage_heads must lie in [0, 3]",
     "method=pbs bench.lengths=[5]": "length 5 is too small",
-    "method=pbs bench.lengths=[1000000000000]": "the model takes 16384 tokens at most",
+    "method=pbs bench.lengths=[1000000000000]": "the model takes 32768 tokens at most",
     "method=pbs model.device=cuda:7": "torch sees no GPU",
     "method=pbs model.path=.": "without config.json",
     "method=pbs model.path='~nobody_at_all/x'": "no such folder",
