@@ -193,7 +193,7 @@ class MInference(AttentionMethod):
         whole, partial = a_shape_tiles(grid, sizes)
         blocks, num_blocks = list_blocks(whole[None])
         tiles, num_windows = list_blocks(partial[None])
-        lists = (blocks, num_blocks, tiles * TILE, num_windows)
+        lists = (blocks, num_blocks, tiles.int() * TILE, num_windows)
         return AttentionPlan(grid, q.shape[0], len(heads), *lists, local_window=sizes)
 
     def _block_sparse_plan(

@@ -88,7 +88,7 @@ class StreamingLLM(AttentionMethod):
             num_heads,
             blocks,
             num_blocks,
-            tiles * grid.key_tile,
+            tiles.int() * grid.key_tile,
             num_windows,
             local_window=sizes.int().repeat(num_heads, 1),
         )

@@ -33,11 +33,12 @@ class AttentionPlan:
             computed without a mask, on the keys *in plan order*.
         num_blocks: valid entries of ``blocks``, int ``[Z, Hq, Tq]``.
         windows: first keys of windows of ``grid.key_tile`` consecutive keys *in natural order*,
-            ascending, int ``[Z, Hq, Tq, W]``. They are computed with the causal mask per token.
+            ascending, int32 or int64 ``[Z, Hq, Tq, W]``. They are computed with the causal mask
+            per token.
             The diagonal is always among them.
         num_windows: valid entries of ``windows``, int ``[Z, Hq, Tq]``.
-        columns: single keys in natural order that every query of the tile sees, ascending, int
-            ``[Z, Hq, Tq, C]``; None for methods that select whole tiles.
+        columns: single keys in natural order that every query of the tile sees, ascending, int32 or
+            int64 ``[Z, Hq, Tq, C]``; None for methods that select whole tiles.
         num_columns: valid entries of ``columns``, int ``[Z, Hq, Tq]``.
         order: original position of the key at each place, int64 ``[Z, Ho, Nk]`` (Ho is Hq or Hkv);
             None when no key moves.
@@ -344,6 +345,9 @@ class AttentionPlan:
                 )
             if entries.is_floating_point() or counts.is_floating_point():
                 raise TypeError(f"expected integer {name}, got {entries.dtype} and {counts.dtype}")
+            # Windows and columns are positions, which 16 bits do not hold; blocks are tiles.
+            if name != "blocks" and entries.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"expected {name} of at least 32 bits, got {entries.dtype}")
         if self.order is not None and (
             self.order.ndim != 3
             or self.order.shape[-1] != grid.num_keys

@@ -1,9 +1,12 @@
 """What every method must satisfy, whatever it selects."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from pbs import Geometry, block_sparse_attention
+from pbs.ops.block_selection import api, reference
 from pbs.testing import assert_within_budget, make_qkv
 from tests.methods.cases import CASES, build
 from tests.ops.attention_truth import causal_mask, eager_attention, exact_attention
@@ -255,3 +258,23 @@ def test_short_prompts_run_dense_if_asked_to_and_say_so():
     for value, error in ((-1, ValueError), (1.5, TypeError)):
         with pytest.raises(error, match="dense_below must be"):
             build("pbs", dense_below=value)
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_positions_past_32768_fit_where_tiles_are_int16(case, monkeypatch):
+    """The Triton selection lists tiles in 16 bits, which their positions do not fit."""
+    q, k, _ = make_qkv(1, 2, 1, 40000, 16, num_queries=300, structure="mixed")
+    method = build(case)
+    expected = method.plan(q, k).block_mask()
+
+    def shortened(function):
+        def call(*arguments, **options):
+            blocks, counts = function(*arguments, **options)
+            return blocks.to(torch.int16), counts
+
+        return call
+
+    names = ("list_blocks", "select_top_p_blocks", "select_pooled_blocks")
+    short = SimpleNamespace(**{name: shortened(getattr(reference, name)) for name in names})
+    monkeypatch.setattr(api, "_backend", lambda name, _: short if name == "auto" else reference)
+    assert torch.equal(method.plan(q, k).block_mask(), expected)

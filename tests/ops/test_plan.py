@@ -91,6 +91,7 @@ def test_order_of_one_head_group_serves_all_its_query_heads():
         (lambda p: {"blocks": p.blocks[..., :0]}, "is empty"),
         (lambda p: {"blocks": p.blocks[:, :2]}, "expected blocks"),
         (lambda p: {"windows": p.windows.float()}, "expected integer windows"),
+        (lambda p: {"windows": p.windows.short()}, "windows of at least 32 bits, got torch.int16"),
         (lambda p: {"windows": p.windows + 500}, "windows has entries outside"),
         (lambda p: {"columns": p.windows}, "go together"),
         (lambda p: {"columns": p.windows + 1, "num_columns": p.num_windows}, "a column lies after"),
