@@ -34,8 +34,7 @@ class AttentionPlan:
         num_blocks: valid entries of ``blocks``, int ``[Z, Hq, Tq]``.
         windows: first keys of windows of ``grid.key_tile`` consecutive keys *in natural order*,
             ascending, int32 or int64 ``[Z, Hq, Tq, W]``. They are computed with the causal mask
-            per token.
-            The diagonal is always among them.
+            per token. The diagonal is always among them.
         num_windows: valid entries of ``windows``, int ``[Z, Hq, Tq]``.
         columns: single keys in natural order that every query of the tile sees, ascending, int32 or
             int64 ``[Z, Hq, Tq, C]``; None for methods that select whole tiles.
