@@ -25,6 +25,8 @@ from experiments.table import Row, format_columns, title_of, to_markdown
 README = ROOT / "README.md"
 RESULTS = ROOT / "experiments" / "results"
 DEMO = ("flash", "meanpool", "pbs")
+# Dense kernels of the GPU's tables, as far as they were there.
+DENSE = {"flash": "FA2", "cudnn": "cuDNN", "fa4": "FA4"}
 
 
 def main() -> int:
@@ -33,6 +35,7 @@ def main() -> int:
     text = replace_section(text, "needle", needle_table(ROOT / "outputs"))
     folder = max(RESULTS.glob("h*_*"), key=lambda path: path.name.rpartition("_")[2])
     text = replace_section(text, "table7", table7(folder))
+    text = replace_section(text, "ttft", ttft(folder))
     README.write_text(text)
     return 0
 
@@ -94,25 +97,11 @@ def demo_runs(results: Results) -> list[tuple[Run, Row]]:
 
 
 def table7(folder: Path) -> str:
-    """Attention alone at the paper's densities: ours, both dense kernels, the published numbers."""
+    """Attention alone at the paper's densities: ours, every dense kernel, the published numbers."""
+    published = {row.length: f"{row.dense_ms}, {row.total_ms}" for row in TABLE7}
     frame = pd.read_csv(folder / "table7.csv")
     environment = json.loads((folder / "results.json").read_text())["environment"]
-    lines = [
-        "| tokens | density | FA2, ms | cuDNN, ms | PBS per head, ms | PBS shared, ms | "
-        "shared over FA2 | over cuDNN | published FA2, PBS, ms |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    published = {row.length: row for row in TABLE7}
-    for length, rows in frame.groupby("length"):
-        row = rows.set_index("variant")
-        times = row["median_ms"]
-        shared = row.loc["pbs shared"]
-        paper = published[int(length)]
-        lines.append(
-            f"| {length} | {shared['density']:.3f} | {times['flash']:.2f} | {times['cudnn']:.2f} | "
-            f"{times['pbs']:.2f} | {times['pbs shared']:.2f} | {shared['speed_up_flash']:.2f}x | "
-            f"{shared['speed_up_cudnn']:.2f}x | {paper.dense_ms}, {paper.total_ms} |"
-        )
+    lines = _gpu_table(frame, "ms", 1, ("published FA2, PBS, ms", published))
     source = folder.relative_to(ROOT)
     packages = environment["packages"]
     lines += [
@@ -122,6 +111,35 @@ def table7(folder: Path) -> str:
         f"samples in [{source}]({source}).",
     ]
     return "\n".join(lines) + "\n"
+
+
+def ttft(folder: Path) -> str:
+    """Time to first token of Llama-3.1-8B's architecture at the paper's densities."""
+    frame = pd.concat(pd.read_csv(path) for path in sorted(folder.glob("ttft*.csv")))
+    return "\n".join(_gpu_table(frame.dropna(subset="median_ms"), "s", 1000)) + "\n"
+
+
+def _gpu_table(
+    frame: pd.DataFrame, unit: str, divisor: int, last: tuple[str, dict[int, str]] | None = None
+) -> list[str]:
+    """A row per length: times of the dense kernels and ours, and ours over each of them."""
+    dense = {name: label for name, label in DENSE.items() if name in set(frame["variant"])}
+    titles = ["tokens", "density"]
+    titles += [f"{label}, {unit}" for label in (*dense.values(), "PBS per head", "PBS shared")]
+    titles += [f"shared over {label}" for label in dense.values()]
+    titles += [last[0]] if last else []
+    lines = [f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
+    for length, rows in frame.groupby("length"):
+        row = rows.set_index("variant")
+        shared = row.loc["pbs shared"]
+        cells = [f"{length}", f"{shared['density']:.3f}"]
+        cells += [
+            f"{row['median_ms'][name] / divisor:.2f}" for name in (*dense, "pbs", "pbs shared")
+        ]
+        cells += [f"{shared[f'speed_up_{name}']:.2f}x" for name in dense]
+        cells += [last[1][int(str(length))]] if last else []
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -46,9 +46,16 @@ VARIANT_ERRORS = _variant_errors()
 
 @dataclass(frozen=True)
 class Timing:
-    """Repeated measurements of one variant, in the order they were made."""
+    """Repeated measurements of one variant, in the order they were made.
+
+    Attributes:
+        samples_ms: what each call took.
+        host_samples_ms: how long the host was busy launching each of them; empty where the call is
+            the host's own work.
+    """
 
     samples_ms: tuple[float, ...]
+    host_samples_ms: tuple[float, ...] = ()
 
     @property
     def median_ms(self) -> float:
@@ -56,9 +63,11 @@ class Timing:
         return quantiles(self.samples_ms).median
 
     def to_dict(self) -> dict[str, Any]:
-        """Median, 20th and 80th percentile, and every sample."""
+        """Median, 20th and 80th percentile, and every sample; the host's median."""
         summary = quantiles(self.samples_ms)
+        hosts = self.host_samples_ms
         return {
+            "host_ms": quantiles(hosts).median if hosts else None,
             "median_ms": summary.median,
             "p20_ms": summary.p20,
             "p80_ms": summary.p80,
@@ -193,6 +202,7 @@ def time_interleaved(
     stopwatch = Stopwatch(device, holds=holds)
     failures: dict[str, Timing | Failure] = {}
     samples: dict[str, list[float]] = {name: [] for name in variants}
+    hosts: dict[str, list[float]] = {name: [] for name in variants}
 
     def run(name: str, index: int) -> float | None:
         if name in failures:
@@ -216,7 +226,12 @@ def time_interleaved(
             sample = run(name, index)
             if sample is not None:
                 samples[name].append(sample)
-    return {name: failures.get(name) or Timing(tuple(samples[name])) for name in variants}
+                if stopwatch.device.type == "cuda":
+                    hosts[name].append(stopwatch.host_ms)
+    return {
+        name: failures.get(name) or Timing(tuple(samples[name]), tuple(hosts[name]))
+        for name in variants
+    }
 
 
 def run_in_stages(

@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from experiments import attention_timing, profile_call
 from experiments.attention_inputs import Cell, draw_inputs
 from experiments.attention_timing import measure_cell
 from experiments.controlled_density import ControlledDensity
@@ -387,3 +388,30 @@ def test_densities_at_one_length_have_break_evens_of_their_own():
 
 def test_a_failure_names_its_kind():
     assert Failure.of(RuntimeError("first\nsecond"), "error").message == "first"
+
+
+def test_the_time_of_a_compiler_is_not_taken_for_that_of_a_round(monkeypatch):
+    original, calls = attention_timing._call_once, []
+
+    def compiles_at_first(*arguments, **options):
+        out, elapsed, peak, _ = original(*arguments, **options)
+        calls.append(elapsed)
+        return (out, 1e6, peak, True) if len(calls) == 1 else (out, elapsed, peak, False)
+
+    monkeypatch.setattr(attention_timing, "_call_once", compiles_at_first)
+    effort = Effort(60.0, 2, 4)
+    kernels = {"cpu": dense_kernels(CPU)["cpu"]}
+    record = measure_cell(small_cell(100), {}, kernels, effort=effort, num_input_sets=1)
+    assert len(record["dense"]["cpu"]["samples_ms"]) == 4
+
+
+def test_the_hosts_share_is_a_median_of_its_own():
+    assert Timing((3.0, 1.0)).to_dict()["host_ms"] is None
+    assert Timing((3.0, 1.0, 2.0), (0.5, 9.0, 0.7)).to_dict()["host_ms"] == 0.7
+
+
+def test_the_profiled_call_runs():
+    profile_call.main(["--device", "cpu", "--length", "1024", "--shape", "4/2/32"])
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            profile_call.main([])
