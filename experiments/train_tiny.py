@@ -49,13 +49,10 @@ from experiments.needle_tasks import (
 logger = logging.getLogger(__name__)
 
 MAX_POSITIONS = 32768
-# Samples of each evaluated cell: most where accuracy is promised, few where a sample takes seconds.
+# Samples of each evaluated cell.
 EVALUATION: dict[int, dict[str, int]] = {
-    1024: dict.fromkeys(TASKS, 44),
-    4096: dict.fromkeys(TASKS, 44) | {"single": 220},
-    8192: dict.fromkeys(TASKS, 22) | {"single": 220},
-    16384: dict.fromkeys(TASKS, 22),
-    32768: dict.fromkeys(TASKS, 11) | {"single": 22},
+    **{length: dict.fromkeys(TASKS, 22) for length in (1024, 4096, 8192)},
+    **{length: dict.fromkeys(TASKS, 11) for length in (16384, 32768)},
 }
 PUNCTUATION_WEIGHT = 0.2
 PAD, BOS, EOS, UNK, USER, ASSISTANT = "<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>"

@@ -5,12 +5,10 @@ go to each of two warpgroups, whose softmaxes fall at different times, and each 
 next tile's logits before the softmax of the current one (the schedule of FlashAttention-3, arXiv
 2407.08608, section 3, on lists of tiles).
 
-Measured alone on an H100 (Triton 3.6, bf16, 32 query and 8 key heads of 128, random tiles, medians
-of 10): 588, 667, 671, 645 and 648 TFLOP/s on computed tiles at 8K (density 0.58), 16K (0.49), 32K
-(0.41), 64K (0.29) and 128K (0.22) tokens, where the Triton kernel reached 406, 452, 477, 476, 479
-and cuDNN's dense attention 619, 669, 683, 577, 595 in the same run. Head dims 64 and 128 ran there,
-before arguments were grouped into tuples; the kernel as it stands, and head dims 80, 96 and 256,
-are compiled by ``make kernels`` and await ``make test-gpu``.
+Measured on an H100 (``experiments/results/h100_2026-11-23b``; bf16, 32 query and 8 key heads of
+128, one order per key head): 587, 654 and 645 TFLOP/s on computed tiles at 8K (density 0.58), 128K
+(0.22) and 512K (0.22) tokens, 0.84, 1.03 and 0.95 of the rate of FlashAttention-4's dense kernel.
+At 128K the matrix unit is busy 81 % of the time (``profile.csv`` there).
 
 Legend: see :mod:`pbs.ops.grid`. In the kernel: M query rows of a warpgroup, N keys, D head dim.
 """
