@@ -44,7 +44,8 @@ class Plan:
     shape: str = "32/8/128"
     table7_lengths: tuple[int, ...] = (8192, 16384, 32768, 65536, 131072, 262144, 524288)
     selection_lengths: tuple[int, ...] = (8192, 16384, 32768, 65536, 131072)
-    ttft_lengths: tuple[int, ...] = (8192, 16384, 32768, 65536, 131072, 262144)
+    # What everybody asks for first; then as many as there is time for.
+    ttft_lengths: tuple[int, ...] = (131072, 8192, 16384, 32768, 65536, 262144)
     gate_lengths: tuple[int, ...] = (1000, 4096)
     gate_shapes: tuple[str, ...] = ("8/2/128", "8/2/64", "8/2/96", "4/4/256")
     model_changes: dict[str, int] = field(default_factory=dict)

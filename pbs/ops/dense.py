@@ -129,12 +129,15 @@ def _supports(kernel: str, q: Tensor, k: Tensor) -> bool:
     if kernel == "cpu" or not q.is_cuda:
         return kernel == "cpu" and not q.is_cuda
     if kernel in _MODULES:
-        fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] <= 256
-        if kernel == "fa4":  # written for sm_90 and later, larger heads for some of them only
-            fits = (
-                fits and q.shape[3] <= 128 and torch.cuda.get_device_capability(q.device) >= (9, 0)
-            )
-        return fits and is_installed(kernel)
+        # FlashAttention-4 is written for sm_90 and later, with larger heads on some of them only.
+        is_4 = kernel == "fa4"
+        return (
+            q.dtype in (torch.float16, torch.bfloat16)
+            and q.shape[3] <= (128 if is_4 else 256)
+            and q.shape[3] % 8 == 0
+            and not (is_4 and torch.cuda.get_device_capability(q.device) < (9, 0))
+            and is_installed(kernel)
+        )
     # SDPA masks from the top left; only its flash kernel has a bottom-right form.
     is_square = q.shape[2] == k.shape[2]
     parameters = torch.backends.cuda.SDPAParams(q, k, k, None, 0.0, is_square, True)
