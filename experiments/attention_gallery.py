@@ -53,7 +53,7 @@ def draw_galleries(
     Raises:
         ValueError: a layer or a head that does not exist.
     """
-    from experiments.coverage_texts import NEEDLE, make_prompts
+    from experiments.coverage.texts import NEEDLE, make_prompts
     from experiments.needle import num_layers
     from experiments.pictures.capture import capture_calls, choose_heads
     from experiments.pictures.map_gallery import draw_map_gallery

@@ -15,7 +15,7 @@ from pbs.registry import Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from experiments.coverage import CoverageProbe
+    from experiments.coverage.measure import CoverageProbe
     from experiments.models import LoadedModel
     from pbs.methods import AttentionMethod
 
@@ -24,9 +24,9 @@ BENCHES = Registry(
     "bench",
     {
         "needle": "experiments.needle:NeedleBench",
-        "attention": "experiments.attention_bench:AttentionBench",
-        "coverage": "experiments.coverage_bench:CoverageBench",
-        "ttft": "experiments.ttft_bench:TtftBench",
+        "attention": "experiments.speed.attention_bench:AttentionBench",
+        "coverage": "experiments.coverage.bench:CoverageBench",
+        "ttft": "experiments.speed.ttft_bench:TtftBench",
         "longbench": "experiments.opencompass.longbench:LongBench",
         "longbench_v2": "experiments.opencompass.longbench_v2:LongBenchV2",
         "ruler": "experiments.opencompass.ruler:Ruler",
@@ -148,7 +148,7 @@ class Bench(ABC):
 
     def coverage_probe(self, model: LoadedModel) -> CoverageProbe:  # noqa: ARG002
         """What measures coverage the way the bench does; default: everything."""
-        from experiments.coverage import CoverageProbe
+        from experiments.coverage.measure import CoverageProbe
 
         return CoverageProbe()
 

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from experiments.attention_inputs import Cell, Record
-from experiments.attention_timing import measure_cell
-from experiments.bench_parts import gate_lines, run_gate
-from experiments.bench_run import Plan, Run
-from experiments.cost_model import Rates, Shape
-from experiments.dense_kernels import dense_kernels
-from experiments.timing import Effort
-from experiments.timing_report import lines_of
+from experiments.speed.attention_inputs import Cell, Record
+from experiments.speed.attention_timing import measure_cell
+from experiments.speed.bench_parts import gate_lines, run_gate
+from experiments.speed.bench_run import Plan, Run
+from experiments.speed.cost_model import Rates, Shape
+from experiments.speed.dense_kernels import dense_kernels
+from experiments.speed.timing import Effort
+from experiments.speed.timing_report import lines_of
 from pbs.methods import build_method
 
 # The target: this much faster than SDPA at this length and density, in the median of five calls.

@@ -22,12 +22,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from experiments.attention_inputs import Record
-from experiments.bench_parts import RUNNERS, gate_lines
-from experiments.bench_run import Plan, Run
 from experiments.published import TABLE7
+from experiments.speed.attention_inputs import Record
+from experiments.speed.bench_parts import RUNNERS, gate_lines
+from experiments.speed.bench_run import Plan, Run
+from experiments.speed.timing_report import break_evens, lines_of
 from experiments.store import write_atomically
-from experiments.timing_report import break_evens, lines_of
 
 PARTS = ("gate", "table7", "selection", "ttft")
 # Shares of the time budget; what a part leaves goes to those after it.

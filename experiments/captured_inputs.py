@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from experiments.prefill_timing import first_token
+from experiments.speed.prefill_timing import first_token
 from pbs.methods import AttentionMethod
 from pbs.ops.grid import BlockGrid
 from pbs.ops.plan import AttentionPlan

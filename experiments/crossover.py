@@ -16,8 +16,8 @@ from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
+from experiments.speed.timing_report import break_evens
 from experiments.store import write_atomically
-from experiments.timing_report import break_evens
 from pbs.methods.crossover import PACKAGED, Crossover
 
 # Which measurement decides, most telling first: the paper's densities, else the method's own.

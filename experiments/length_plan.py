@@ -16,8 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from experiments.cost_model import H100, H200, Rates, Shape, attention_memory, floor_ms, method_cost
-from experiments.model_cost import Architecture, model_memory, prefill_cost
+from experiments.speed.cost_model import (
+    H100,
+    H200,
+    Rates,
+    Shape,
+    attention_memory,
+    floor_ms,
+    method_cost,
+)
+from experiments.speed.model_cost import Architecture, model_memory, prefill_cost
 
 GIB = 2.0**30
 LENGTHS = (8192, 16384, 32768, 65536, 131072, 262144, 524288)

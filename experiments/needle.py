@@ -17,7 +17,7 @@ from pbs.registry import unknown
 if TYPE_CHECKING:
     import torch
 
-    from experiments.coverage import CoverageProbe
+    from experiments.coverage.measure import CoverageProbe
     from experiments.models import LoadedModel
     from experiments.needle_tasks import NeedleSample
     from pbs.methods import AttentionMethod
@@ -254,7 +254,7 @@ class NeedleBench(Bench):
 
     def coverage_probe(self, model: LoadedModel) -> CoverageProbe:
         """See the base class."""
-        from experiments.coverage import CoverageProbe
+        from experiments.coverage.measure import CoverageProbe
 
         last = num_layers(model) - 1
         layers = self.coverage_layers or sorted({0, last // 2, last})

@@ -14,7 +14,7 @@ import pandas as pd
 
 from experiments.compare import config_of, describe
 from experiments.config import FIGURES, RunConfig
-from experiments.coverage_report import compare_heads, mean_curve, points_of
+from experiments.coverage.report import compare_heads, mean_curve, points_of
 from experiments.pictures.coverage_curves import Curve, draw_coverage_density
 from experiments.pictures.density_length import Series, draw_density_length
 from experiments.pictures.head_changes import draw_head_changes, draw_head_shares

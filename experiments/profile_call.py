@@ -14,10 +14,10 @@ from contextlib import nullcontext
 
 import torch
 
-from experiments.attention_inputs import Cell, draw_inputs
-from experiments.controlled_density import ControlledDensity
-from experiments.cost_model import Shape
 from experiments.published import density_at
+from experiments.speed.attention_inputs import Cell, draw_inputs
+from experiments.speed.controlled_density import ControlledDensity
+from experiments.speed.cost_model import Shape
 from pbs import build_method
 
 

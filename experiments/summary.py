@@ -14,9 +14,9 @@ from experiments.config import LoggerConfig, PathsConfig
 from experiments.console import show_messages
 from experiments.opencompass.report import report_scores
 from experiments.ranks import is_follower
+from experiments.speed.timing_table import timing_notes, write_table7
 from experiments.store import RunStore, remove_scratch
 from experiments.table import Row, make_rows, show, write
-from experiments.timing_table import timing_notes, write_table7
 from experiments.tracking import Tracker
 
 logger = logging.getLogger(__name__)

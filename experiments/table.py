@@ -14,8 +14,8 @@ from rich.table import Table
 from experiments.bench import BENCHES
 from experiments.compare import compare_with_dense, config_of, dense_command, find_dense
 from experiments.config import DENSE, RunConfig
+from experiments.speed.timing_table import timing_columns, timing_numbers
 from experiments.store import RunStore, write_atomically
-from experiments.timing_table import timing_columns, timing_numbers
 
 Row = dict[str, Any]
 

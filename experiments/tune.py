@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.controlled_density import ControlledDensity
+from experiments.speed.controlled_density import ControlledDensity
+from experiments.speed.timing import VARIANT_ERRORS, Effort, Timing, time_interleaved
 from experiments.store import to_json, write_atomically
-from experiments.timing import VARIANT_ERRORS, Effort, Timing, time_interleaved
 from pbs import build_method
 from pbs.ops.block_sparse_attention import triton as kernels
 from pbs.ops.block_sparse_attention import tuned

@@ -26,7 +26,7 @@ class Curve:
     Attributes:
         label: in the legend.
         look: colour and marker.
-        points: as :func:`experiments.coverage_report.mean_curve` gives them. The run's own setting
+        points: as :func:`experiments.coverage.report.mean_curve` gives them. The run's own setting
             is drawn large. Where the others were chosen for a density, or the knob does not apply
             to it, it stands beside the line.
         heads: the same curve of single heads, drawn thin.

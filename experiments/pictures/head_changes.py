@@ -32,7 +32,7 @@ def draw_head_changes(
 
     Args:
         heads: the columns ``layer``, ``head`` and ``change`` (of the density at equal coverage;
-            negative: fewer tiles), as :func:`experiments.coverage_report.compare_heads` gives.
+            negative: fewer tiles), as :func:`experiments.coverage.report.compare_heads` gives.
         shares: label of a bar to the shares of ``VERDICT_COLOURS``.
         path: where the PNG goes; missing folders are made.
         title: above the picture.

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from experiments.coverage import measure_coverage
+from experiments.coverage.measure import measure_coverage
 from experiments.pictures.capture import causal_probabilities, future_keys
 from pbs.ops.plan import AttentionPlan
 

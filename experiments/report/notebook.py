@@ -120,7 +120,7 @@ def coverage_curve(
     Returns:
         The columns ``value``, ``density`` and ``coverage``, means over heads, ascending in density.
     """
-    from experiments.coverage import measure_coverage
+    from experiments.coverage.measure import measure_coverage
     from pbs import build_method
     from pbs.methods import METHODS
 

@@ -11,8 +11,8 @@ import pandas as pd
 
 from experiments.config import ROOT
 from experiments.report.runs import Group, Results
+from experiments.speed.timing_report import STAGES, break_evens, shape_of, table_rows
 from experiments.store import Record
-from experiments.timing_report import STAGES, break_evens, shape_of, table_rows
 
 COMMITTED = ROOT / "experiments" / "results"
 # Parts of a committed ``results.json`` that hold times.
@@ -86,8 +86,8 @@ def newest_committed() -> list[Path]:
 def times_frame(times: Times) -> pd.DataFrame:
     """One row per length, shape and variant (dense kernels and methods), without raw samples.
 
-    Beside the columns of :func:`experiments.timing_report.table_rows`: ``method``, the name that
-    the variant's label begins with, and ``shape``, heads as Hq/Hkv/D.
+    Beside the columns of :func:`experiments.speed.timing_report.table_rows`: ``method``, the name
+    that the variant's label begins with, and ``shape``, heads as Hq/Hkv/D.
     """
     rows = [
         {**row, "shape": shape_of(record), "cell": index}

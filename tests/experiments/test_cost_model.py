@@ -2,7 +2,9 @@
 
 import pytest
 
-from experiments.cost_model import (
+from experiments.length_plan import lengths_that_fit
+from experiments.published import DENSITIES, TABLE7, density_at
+from experiments.speed.cost_model import (
     DENSE_H100,
     H100,
     Rates,
@@ -14,9 +16,7 @@ from experiments.cost_model import (
     known_rates,
     method_cost,
 )
-from experiments.length_plan import lengths_that_fit
-from experiments.model_cost import Architecture, model_memory
-from experiments.published import DENSITIES, TABLE7, density_at
+from experiments.speed.model_cost import Architecture, model_memory
 
 LLAMA = Shape(32, 8, 128)
 LLAMA_8B = Architecture(4096, 32, 14336, 128256, LLAMA)

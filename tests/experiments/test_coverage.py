@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiments.coverage import (
+from experiments.coverage.measure import (
     UNNAMED_LAYER,
     CoverageProbe,
     measure_coverage,

@@ -9,9 +9,9 @@ from transformers import Qwen2Config
 
 from experiments import attention_gallery, paper_figures
 from experiments.config import FIGURES, ConfigError, ModelConfig, RunConfig
-from experiments.coverage import measure_coverage
-from experiments.coverage_bench import CoverageBench
-from experiments.coverage_texts import make_prompts
+from experiments.coverage.bench import CoverageBench
+from experiments.coverage.measure import measure_coverage
+from experiments.coverage.texts import make_prompts
 from experiments.models import load_model
 from experiments.pictures import capture_calls
 from experiments.results import load

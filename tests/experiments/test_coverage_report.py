@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from experiments.coverage_report import (
+from experiments.coverage.report import (
     compare_heads,
     density_at,
     head_densities,

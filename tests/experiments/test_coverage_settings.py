@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from experiments.coverage_settings import (
+from experiments.coverage.settings import (
     MAX_PASSES,
     TOLERANCE,
     find_values,

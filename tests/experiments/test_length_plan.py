@@ -5,20 +5,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from experiments import length_plan, prefill_ratios
-from experiments.attention_inputs import Cell
-from experiments.attention_timing import measure_cell
-from experiments.bench_run import Plan
-from experiments.controlled_density import ControlledDensity
-from experiments.cost_model import H100, Shape, dense_flops, floor_ms
-from experiments.counted_methods import COUNTED, counted_settings, least_density
-from experiments.dense_kernels import dense_kernels
+from experiments import length_plan
 from experiments.device_memory import device_bytes
 from experiments.length_plan import GIB, lack_of_memory, plan_attention, plan_prefill
-from experiments.model_cost import Architecture, model_memory, prefill_cost
-from experiments.prefill_timing import measure_prefill
 from experiments.random_weights import ARCHITECTURES, build_random_model, random_ids
-from experiments.timing import Effort
+from experiments.speed import prefill_ratios
+from experiments.speed.attention_inputs import Cell
+from experiments.speed.attention_timing import measure_cell
+from experiments.speed.bench_run import Plan
+from experiments.speed.controlled_density import ControlledDensity
+from experiments.speed.cost_model import H100, Shape, dense_flops, floor_ms
+from experiments.speed.counted_methods import COUNTED, counted_settings, least_density
+from experiments.speed.dense_kernels import dense_kernels
+from experiments.speed.model_cost import Architecture, model_memory, prefill_cost
+from experiments.speed.prefill_timing import measure_prefill
+from experiments.speed.timing import Effort
 from pbs import build_method
 from pbs.methods import METHODS
 

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from experiments.coverage import measure_coverage
+from experiments.coverage.measure import measure_coverage
 from experiments.pictures import (
     LOOKS,
     CapturedCall,

@@ -12,8 +12,8 @@ from experiments.config import ConfigError, ModelConfig, RunConfig
 from experiments.models import load_model
 from experiments.random_weights import ARCHITECTURES
 from experiments.ranks import gather_over_ranks, is_shared, mean_over_ranks, num_ranks, rank
+from experiments.speed.ttft_bench import TtftBench
 from experiments.tensor_parallel import check_heads, timed_collectives
-from experiments.ttft_bench import TtftBench
 
 SMALL = {
     "num_hidden_layers": 2,

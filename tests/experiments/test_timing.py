@@ -5,19 +5,20 @@ import time
 import pytest
 import torch
 
-from experiments import attention_timing, profile_call
-from experiments.attention_inputs import Cell, draw_inputs
-from experiments.attention_timing import measure_cell
-from experiments.controlled_density import ControlledDensity
-from experiments.cost_model import Rates, Shape
-from experiments.dense_kernels import dense_backend, dense_kernels
+from experiments import profile_call
 from experiments.device_memory import (
     is_out_of_memory,
     peak_memory,
     poisoned_memory,
 )
-from experiments.exact_rows import check_rows
-from experiments.timing import (
+from experiments.speed import attention_timing
+from experiments.speed.attention_inputs import Cell, draw_inputs
+from experiments.speed.attention_timing import measure_cell
+from experiments.speed.controlled_density import ControlledDensity
+from experiments.speed.cost_model import Rates, Shape
+from experiments.speed.dense_kernels import dense_backend, dense_kernels
+from experiments.speed.exact_rows import check_rows
+from experiments.speed.timing import (
     Effort,
     Failure,
     Timing,
@@ -25,7 +26,13 @@ from experiments.timing import (
     run_in_stages,
     time_interleaved,
 )
-from experiments.timing_report import break_even, break_evens, lines_of, summarise_times, table_rows
+from experiments.speed.timing_report import (
+    break_even,
+    break_evens,
+    lines_of,
+    summarise_times,
+    table_rows,
+)
 from pbs import build_method
 from pbs.ops.block_sparse_attention import block_sparse_attention
 from pbs.ops.stages import StageTimer, stage
@@ -295,7 +302,7 @@ def test_inputs_that_do_not_fit_are_recorded(monkeypatch):
     def no_memory(*_, **__):
         raise MemoryError("no room")
 
-    monkeypatch.setattr("experiments.attention_inputs.draw_inputs", no_memory)
+    monkeypatch.setattr("experiments.speed.attention_inputs.draw_inputs", no_memory)
     record = measure_cell(small_cell(), {}, dense_kernels("cpu"), effort=ONCE)
     assert record["failure"]["failure"] == "out of memory"
     assert table_rows(record)[0]["median_ms"] is None
@@ -304,7 +311,7 @@ def test_inputs_that_do_not_fit_are_recorded(monkeypatch):
 
 @pytest.mark.parametrize("structure", ["random", "vertical", "mixed"])
 def test_turned_groups_have_the_attention_of_the_drawn_one(monkeypatch, structure):
-    monkeypatch.setattr("experiments.attention_inputs.MAX_DRAWN", 0)
+    monkeypatch.setattr("experiments.speed.attention_inputs.MAX_DRAWN", 0)
     first, second = draw_inputs(small_cell(structure=structure), num_sets=2)
     q, k, _ = first
     assert q.shape == (1, 4, 700, 32)

@@ -8,18 +8,19 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import bench_cpu, bench_gpu, bench_run
-from experiments.attention_bench import AttentionBench
-from experiments.attention_inputs import Cell, draw_inputs
+from experiments import bench_cpu, bench_gpu
 from experiments.captured_inputs import capture_inputs
 from experiments.config import ConfigError, ModelConfig
-from experiments.cost_model import Shape
 from experiments.models import load_model
-from experiments.prefill_timing import first_token, measure_prefill
 from experiments.random_weights import ARCHITECTURES, build_random_model, random_ids
+from experiments.speed import bench_run
+from experiments.speed.attention_bench import AttentionBench
+from experiments.speed.attention_inputs import Cell, draw_inputs
+from experiments.speed.cost_model import Shape
+from experiments.speed.prefill_timing import first_token, measure_prefill
+from experiments.speed.timing import Effort
+from experiments.speed.ttft_bench import TtftBench, fit_to_length, read_texts
 from experiments.store import RunStore
-from experiments.timing import Effort
-from experiments.ttft_bench import TtftBench, fit_to_length, read_texts
 from pbs import build_method
 
 CPU = torch.device("cpu")
@@ -304,8 +305,8 @@ def test_the_gpu_script_needs_neither_hydra_nor_wandb(project):
     code = (
         "import sys\n"
         "for name in ('hydra', 'omegaconf', 'wandb', 'rich'): sys.modules[name] = None\n"
-        "import experiments.bench_gpu, experiments.prefill_timing, experiments.random_weights\n"
-        "import experiments.length_plan, experiments.captured_inputs\n"
+        "import experiments.bench_gpu, experiments.speed.prefill_timing\n"
+        "import experiments.random_weights, experiments.length_plan, experiments.captured_inputs\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=project, check=True)
 

@@ -7,9 +7,14 @@ import pytest
 import torch
 
 from experiments.published import TABLE7
+from experiments.speed.timing_report import failures_of, summarise_times
+from experiments.speed.timing_table import (
+    timing_columns,
+    timing_notes,
+    timing_numbers,
+    write_table7,
+)
 from experiments.store import RunStore, to_json
-from experiments.timing_report import failures_of, summarise_times
-from experiments.timing_table import timing_columns, timing_notes, timing_numbers, write_table7
 from pbs.methods.base import AttentionMethod
 
 QUICK = ("bench.seconds=0.01", "bench.min_rounds=1", "bench.max_rounds=1", "check=false")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from experiments.coverage import measure_coverage
+from experiments.coverage.measure import measure_coverage
 from pbs import build_method
 from pbs.ops.grid import BlockGrid
 from pbs.orders import adaptive

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from experiments import tune
-from experiments.timing import Effort
+from experiments.speed.timing import Effort
 from pbs.ops.block_sparse_attention import tuned
 from pbs.ops.block_sparse_attention.triton import launch_options
 

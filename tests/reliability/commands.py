@@ -23,7 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
 # folder when it is imported and removes it when Python ends, so every process needs its own.
 BASE = (
     *("experiments.cli", "experiments.runner", "experiments.summary", "experiments.needle"),
-    *("experiments.attention_timing", "experiments.prefill_timing", "experiments.dense_kernels"),
+    *(
+        "experiments.speed.attention_timing",
+        "experiments.speed.prefill_timing",
+        "experiments.speed.dense_kernels",
+    ),
     *("experiments.pictures", "matplotlib.pyplot", "PIL.PngImagePlugin", "rich._emoji_codes"),
     *("transformers.models.llama.modeling_llama", "transformers.processing_utils"),
     *("transformers.tokenization_python", "requests"),

@@ -88,7 +88,7 @@ def _generated(model: LoadedModel, length: int, count: int, seed: int) -> list[P
 def _from_file(path: Path, model: LoadedModel, length: int, count: int) -> list[Prompt]:
     import torch
 
-    from experiments.ttft_bench import read_texts
+    from experiments.speed.ttft_bench import read_texts
 
     start = list(model.tokenizer("")["input_ids"])  # the model expects these before any text
     size = length - len(start)

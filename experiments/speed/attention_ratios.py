@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from experiments.attention_inputs import Cell, Record
-from experiments.cost_model import Rates, Work, dense_flops, floor_ms, method_cost
-from experiments.counted_methods import counted_settings
+from experiments.speed.attention_inputs import Cell, Record
+from experiments.speed.cost_model import Rates, Work, dense_flops, floor_ms, method_cost
+from experiments.speed.counted_methods import counted_settings
 from pbs.methods.base import AttentionMethod
 
 

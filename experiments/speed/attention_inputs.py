@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.cost_model import Shape
+from experiments.speed.cost_model import Shape
 from pbs.testing import make_qkv
 
 Record = dict[str, Any]

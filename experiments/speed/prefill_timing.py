@@ -16,24 +16,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from experiments.controlled_density import ControlledDensity
-from experiments.cost_model import Rates
-from experiments.dense_kernels import SDPA_BACKENDS, dense_backend
 from experiments.device_memory import (
     peak_memory,
     poisoned_memory,
     release_memory,
 )
-from experiments.exact_rows import RowCheck, check_rows
-from experiments.prefill_ratios import add_prefill_ratios, architecture_of, cannot_fit
 from experiments.ranks import gather_over_ranks, is_shared, mean_over_ranks, num_ranks, rank
-from experiments.tensor_parallel import COMMUNICATION, timed_collectives
-from experiments.timing import (
+from experiments.speed.controlled_density import ControlledDensity
+from experiments.speed.cost_model import Rates
+from experiments.speed.dense_kernels import SDPA_BACKENDS, dense_backend
+from experiments.speed.exact_rows import RowCheck, check_rows
+from experiments.speed.prefill_ratios import add_prefill_ratios, architecture_of, cannot_fit
+from experiments.speed.timing import (
     VARIANT_ERRORS,
     Effort,
     Failure,
     time_interleaved,
 )
+from experiments.tensor_parallel import COMMUNICATION, timed_collectives
 from pbs.methods import AttentionMethod, CallRecord, build_method
 from pbs.ops.block_sparse_attention import block_sparse_attention
 from pbs.ops.stages import StageTimer

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from experiments.bench import Bench, Context
 from experiments.config import ConfigError
-from experiments.store import Record, RunStore
-from experiments.timing_report import (
+from experiments.speed.timing_report import (
     draw_speed_up,
     failures_of,
     lines_of,
     summarise_times,
     write_times,
 )
+from experiments.store import Record, RunStore
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,9 +74,9 @@ class TtftBench(Bench):
     def run(self, context: Context) -> None:
         """See the base class."""
         from experiments.compare import describe
-        from experiments.dense_kernels import dense_kernels
-        from experiments.prefill_timing import measure_prefill
-        from experiments.timing import Effort, measure_rates
+        from experiments.speed.dense_kernels import dense_kernels
+        from experiments.speed.prefill_timing import measure_prefill
+        from experiments.speed.timing import Effort, measure_rates
 
         model, cfg = context.model, context.cfg
         assert model is not None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from experiments.coverage import sample_rows
+from experiments.coverage.measure import sample_rows
 from experiments.head_plan import HeadPlan
 from pbs.ops.plan import AttentionPlan
 

@@ -16,19 +16,19 @@ from typing import Any
 import pandas as pd
 import torch
 
-from experiments.attention_inputs import Cell, Record
-from experiments.cost_model import Shape
-from experiments.dense_kernels import dense_kernels
 from experiments.device_memory import (
     is_out_of_memory,
     release_memory,
 )
 from experiments.environment import describe_environment
-from experiments.store import to_json, write_atomically
-from experiments.timing import (
+from experiments.speed.attention_inputs import Cell, Record
+from experiments.speed.cost_model import Shape
+from experiments.speed.dense_kernels import dense_kernels
+from experiments.speed.timing import (
     measure_rates,
 )
-from experiments.timing_report import table_rows
+from experiments.speed.timing_report import table_rows
+from experiments.store import to_json, write_atomically
 from pbs.methods import AttentionMethod, build_method
 
 # Longest cells with structured inputs: above, drawing them on the host would take most of the time.

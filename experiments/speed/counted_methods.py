@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.controlled_density import ControlledDensity
+from experiments.speed.controlled_density import ControlledDensity
 from pbs.methods.base import AttentionMethod
 
 # Class of a method to its name in the cost model.

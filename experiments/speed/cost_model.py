@@ -2,7 +2,7 @@
 
 Plain Python. :func:`method_cost` gives the work of a method's stages, :func:`floor_ms` the time
 below which no version gets on a chip of given rates, :func:`attention_memory` what has to fit.
-Whole models: :mod:`experiments.model_cost`. Legend: see :mod:`pbs.ops.grid`.
+Whole models: :mod:`experiments.speed.model_cost`. Legend: see :mod:`pbs.ops.grid`.
 """
 
 from __future__ import annotations

@@ -10,12 +10,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from experiments.cost_model import Rates, floor_ms
-from experiments.counted_methods import counted_settings, least_density
 from experiments.device_memory import device_bytes
 from experiments.length_plan import lack_of_memory
-from experiments.model_cost import Architecture, model_memory, prefill_cost
 from experiments.ranks import num_ranks
+from experiments.speed.cost_model import Rates, floor_ms
+from experiments.speed.counted_methods import counted_settings, least_density
+from experiments.speed.model_cost import Architecture, model_memory, prefill_cost
 from pbs.methods import AttentionMethod
 
 Record = dict[str, Any]

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.bench import Bench, Context
 from experiments.config import ConfigError, RunConfig
-from experiments.coverage_settings import Setting, find_values, settings_of, spread_values
-from experiments.coverage_texts import NEEDLE, Prompt, check_text, make_prompts
+from experiments.coverage.settings import Setting, find_values, settings_of, spread_values
+from experiments.coverage.texts import NEEDLE, Prompt, check_text, make_prompts
 from experiments.store import Record
 from pbs.methods import METHODS, build_method
 
@@ -196,7 +196,7 @@ class CoverageBench(Bench):
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
         """See the base class; density and coverage at the own setting, the curve beside them."""
-        from experiments.coverage_report import summarise_coverage
+        from experiments.coverage.report import summarise_coverage
 
         return summarise_coverage(records)
 
@@ -267,7 +267,7 @@ def measure_call(
         The layer, the heads, and one point per setting with a list of densities and one of
         coverages, an entry per head.
     """
-    from experiments.coverage import measure_plans, sample_rows
+    from experiments.coverage.measure import measure_plans, sample_rows
 
     num_queries = call.q.shape[2]
     heads = list(range(call.q.shape[1])) if heads is None else heads

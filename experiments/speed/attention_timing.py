@@ -13,13 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from experiments.attention_inputs import Cell, Inputs, Record, draw_sets
-from experiments.attention_ratios import add_ratios
-from experiments.controlled_density import ControlledDensity
-from experiments.cost_model import Rates, attention_memory
-from experiments.counted_methods import counted_settings, least_density
-from experiments.coverage import measure_coverage, sample_rows
-from experiments.dense_kernels import DenseKernel
+from experiments.coverage.measure import measure_coverage, sample_rows
 from experiments.device_memory import (
     PeakMemory,
     device_bytes,
@@ -28,9 +22,15 @@ from experiments.device_memory import (
     poisoned_memory,
     release_memory,
 )
-from experiments.exact_rows import RowCheck, check_rows
 from experiments.length_plan import lack_of_memory
-from experiments.timing import (
+from experiments.speed.attention_inputs import Cell, Inputs, Record, draw_sets
+from experiments.speed.attention_ratios import add_ratios
+from experiments.speed.controlled_density import ControlledDensity
+from experiments.speed.cost_model import Rates, attention_memory
+from experiments.speed.counted_methods import counted_settings, least_density
+from experiments.speed.dense_kernels import DenseKernel
+from experiments.speed.exact_rows import RowCheck, check_rows
+from experiments.speed.timing import (
     LONG_ROUND,
     VARIANT_ERRORS,
     Effort,
@@ -68,7 +68,7 @@ def measure_cell(
     Args:
         cell: what.
         methods: by label; with ``cell.density`` each is wrapped in :class:`ControlledDensity`.
-        dense: from :func:`experiments.dense_kernels.dense_kernels`.
+        dense: from :func:`experiments.speed.dense_kernels.dense_kernels`.
         effort: how long to time, all variants together.
         rates: of the device, for floors.
         inputs: sets of q, k, v to use instead of drawn ones; calls take turns over the sets.

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.controlled_density import UnreachableDensityError
-from experiments.cost_model import Rates, known_rates
 from experiments.device_memory import is_out_of_memory, release_memory
+from experiments.speed.controlled_density import UnreachableDensityError
+from experiments.speed.cost_model import Rates, known_rates
 from experiments.statistics import quantiles
 from pbs.methods.base import AttentionMethod, CallRecord
 from pbs.ops.stages import StageTimer, stage

@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 from experiments.published import TABLE7, PublishedRow
+from experiments.speed.timing_report import has_published_times, shape_of
 from experiments.store import Record, RunStore, write_atomically
-from experiments.timing_report import has_published_times, shape_of
 
 Row = dict[str, Any]
 
@@ -25,7 +25,7 @@ def timing_numbers(results: Mapping[str, Any]) -> Row:
     """What stands for a run in the closing table: its longest cell with a time.
 
     Args:
-        results: of ``metrics.json``, as of :func:`experiments.timing_report.summarise_times`.
+        results: of ``metrics.json``, as of :func:`experiments.speed.timing_report.summarise_times`.
     """
     cells = results["cells"]
     timed = [cell for cell in cells if cell["prefill_seconds"] is not None]

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from experiments.bench import Bench, Context
-from experiments.store import Record, RunStore
-from experiments.timing_report import (
+from experiments.speed.timing_report import (
     draw_speed_up,
     failures_of,
     lines_of,
     summarise_times,
     write_times,
 )
+from experiments.store import Record, RunStore
 from pbs.registry import unknown
 
 if TYPE_CHECKING:
-    from experiments.attention_inputs import Cell, Inputs
+    from experiments.speed.attention_inputs import Cell, Inputs
 
 logger = logging.getLogger(__name__)
 
@@ -117,11 +117,11 @@ class AttentionBench(Bench):
     def run(self, context: Context) -> None:
         """See the base class."""
 
-        from experiments.attention_timing import measure_cell
         from experiments.compare import describe
-        from experiments.dense_kernels import dense_kernels
         from experiments.models import resolve_device
-        from experiments.timing import Effort, measure_rates
+        from experiments.speed.attention_timing import measure_cell
+        from experiments.speed.dense_kernels import dense_kernels
+        from experiments.speed.timing import Effort, measure_rates
 
         device = resolve_device(self.device, "bench.device")
         dtype = _dtype(self.dtype, device.type)
@@ -173,8 +173,8 @@ class AttentionBench(Bench):
     def _cell(
         self, shape: str, length: int, density: float | None, dtype: Any, device: Any, seed: int
     ) -> Cell:
-        from experiments.attention_inputs import Cell
-        from experiments.cost_model import Shape
+        from experiments.speed.attention_inputs import Cell
+        from experiments.speed.cost_model import Shape
 
         heads = Shape.parse(shape, element_size=dtype.itemsize)
         return Cell(heads, length, dtype, device, self.structure, density, seed, self.sharpness)
@@ -182,7 +182,7 @@ class AttentionBench(Bench):
     def _capturer(self, context: Context) -> Callable[[int], Inputs]:
         """What takes q, k and v of a length from the run's model."""
         from experiments.captured_inputs import capture_inputs
-        from experiments.coverage_texts import make_prompts
+        from experiments.coverage.texts import make_prompts
         from experiments.models import load_model, resolve_device
 
         model = load_model(context.cfg.model)

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from experiments.attention_inputs import Cell, Record
-from experiments.attention_timing import measure_cell
-from experiments.bench_run import Run
-from experiments.cost_model import Shape, dense_flops
 from experiments.published import density_at
-from experiments.timing import Effort
+from experiments.speed.attention_inputs import Cell, Record
+from experiments.speed.attention_timing import measure_cell
+from experiments.speed.bench_run import Run
+from experiments.speed.cost_model import Shape, dense_flops
+from experiments.speed.timing import Effort
 
 
 def run_gate(run: Run) -> list[Record]:
@@ -132,8 +132,8 @@ def run_selection(run: Run) -> list[Record]:
 
 def run_ttft(run: Run) -> list[Record]:
     """Time to first token at the paper's densities, Llama-3.1-8B's architecture, random weights."""
-    from experiments.prefill_timing import measure_prefill
     from experiments.random_weights import ARCHITECTURES, build_random_model, random_ids
+    from experiments.speed.prefill_timing import measure_prefill
 
     model = build_random_model(
         ARCHITECTURES / "llama31_8b",

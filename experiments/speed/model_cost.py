@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from experiments.cost_model import Shape, Work, attention_memory, method_cost
+from experiments.speed.cost_model import Shape, Work, attention_memory, method_cost
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def prefill_cost(
     Args:
         architecture: of one process, if several share the model.
         num_tokens: N.
-        method: see :func:`experiments.cost_model.method_cost`, as the arguments below.
+        method: see :func:`experiments.speed.cost_model.method_cost`, as the arguments below.
         density: tiles computed / causal tiles.
         block_size: B.
         shared_order: one order per key/value head.

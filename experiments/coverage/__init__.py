@@ -1,0 +1,1 @@
+"""How much of the attention a method keeps, exactly, per layer and head."""
