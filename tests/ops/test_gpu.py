@@ -209,3 +209,13 @@ def test_dense_attention_in_fp32_never_writes_all_logits():
     assert torch.cuda.max_memory_allocated() - before < 4 * 4096 * 4096  # a quarter of them
     expected = dense_attention(q, k, v, scale=0.2, kernel="math")
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["streaming", "streaming-tri"])
+def test_positions_past_32767_are_kept(case):
+    q, k, v = make_qkv(1, 2, 1, 40000, 32, num_queries=300, structure="mixed")
+    method = build(case)
+    plan = method.plan(q.cuda(), k.cuda())
+    assert torch.equal(plan.block_mask().cpu(), method.plan(q, k).block_mask())
+    out = method(q.cuda(), k.cuda(), v.cuda()).cpu()
+    torch.testing.assert_close(out, method(q, k, v), rtol=1e-3, atol=1e-3)
