@@ -34,8 +34,10 @@ PACKAGES = (
 
 def describe_environment() -> dict[str, Any]:
     """Packages, device, driver, threads, commit and time. No names of hosts, users or folders."""
-    commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    is_dirty = bool(_output("git", "-C", str(ROOT), "status", "--porcelain"))
+    # PBS_COMMIT: which files these are, where the repository is not at hand or is another.
+    named = os.environ.get("PBS_COMMIT")
+    commit = named or _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    changes = _output("git", "-C", str(ROOT), "status", "--porcelain")
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -49,9 +51,8 @@ def describe_environment() -> dict[str, Any]:
         if torch.cuda.is_available()
         else None,
         "cuda": torch.version.cuda,
-        # Where the files came without the repository, PBS_COMMIT says which they are.
-        "commit": commit or os.environ.get("PBS_COMMIT"),
-        "is_dirty": is_dirty if commit else None,
+        "commit": commit,
+        "is_dirty": bool(changes) if commit and not named else None,
     }
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from experiments.environment import describe_environment
 from experiments.results import COLUMNS, load, load_samples
 
 
@@ -41,3 +42,12 @@ def test_runs_without_a_result_are_named(run, tmp_path):
     assert sorted(set(everything["status"])) == ["broken", "failed", "finished", "interrupted"]
     failed = everything[everything["status"] == "failed"]
     assert failed["error"].str.contains("segment_size").all()
+
+
+def test_the_commit_can_be_named_from_outside(monkeypatch):
+    monkeypatch.delenv("PBS_COMMIT", raising=False)
+    environment = describe_environment()
+    assert (environment["is_dirty"] is None) == (environment["commit"] is None)
+    monkeypatch.setenv("PBS_COMMIT", "abc123")
+    environment = describe_environment()
+    assert (environment["commit"], environment["is_dirty"]) == ("abc123", None)
