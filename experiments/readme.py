@@ -80,14 +80,16 @@ def demo_runs(results: Results) -> list[tuple[Run, Row]]:
     Raises:
         FileNotFoundError: one of them is missing.
     """
-    found = {
-        run.method: (run, row)
+    runs = [
+        (run, row)
         for group in results.of("needle")
         if group.model == "tiny"
         for run, row in zip(group.runs, group.rows, strict=True)
         if run.label in DEMO and run.cfg.seed == 0
         if not changed_parameters(BENCHES, run.cfg.bench)
-    }
+    ]
+    # Several: other weights, say. The latest counts.
+    found = {pair[0].method: pair for pair in sorted(runs, key=lambda x: x[0].environment["time"])}
     missing = [name for name in DEMO if name not in found]
     if missing:
         raise FileNotFoundError(
