@@ -66,6 +66,9 @@ class Bench(ABC):
     """
 
     needs_model: ClassVar[bool] = True
+    # Parameters that say which samples are measured, or what is measured beside the answer, and
+    # change no sample: runs that differ in these alone have samples in common.
+    which_samples: ClassVar[tuple[str, ...]] = ("limit",)
     # Whether every cell times dense attention beside the method: no dense run is needed then.
     times_dense: ClassVar[bool] = False
 
@@ -91,6 +94,21 @@ class Bench(ABC):
             settings: the bench's name and parameters.
         """
         return cls.needs_model
+
+    @classmethod
+    def input_files(cls, settings: Mapping[str, Any]) -> dict[str, Path]:  # noqa: ARG003
+        """The local files the bench reads, whose content is part of a run's identity.
+
+        Args:
+            settings: the bench's parameters.
+
+        Returns:
+            Path by the parameter that names the file, such as "text"; for a file in a folder by the
+            parameter and its name, "data_dir/data.json". Only files that are there: what is missing
+            :meth:`prepare` says. Files of the hub are not among them: its name says which they are,
+            and each sample's ``input_digest`` what they held.
+        """
+        return {}
 
     def prepare(self, cfg: RunConfig) -> None:  # noqa: B027 - most benches check nothing
         """Check what can be checked before a model is loaded; may raise ConfigError."""

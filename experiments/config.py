@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import types
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from typing import Any, Optional, Union, get_args, get_origin, get_type_hints
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+from experiments.content import ROOT, checkpoint_files, digests_of
 from experiments.credentials import refuse_in_settings
 from experiments.ranks import num_ranks
 from experiments.setting_checks import check_keys, check_numbers
@@ -45,18 +45,14 @@ __all__ = [
     "PathsConfig",
     "RunConfig",
     "RunnerConfig",
-    "checkpoint_digest",
     "digest",
     "make_schema",
     "parameters",
 ]
 
-ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 FIGURES = ("figure1", "figure5", "figure13", "table6")  # of the paper; experiments/paper_figures.py
 DENSE = "flash"  # the method that every other is compared with
-# Files of a checkpoint that decide on its prompts: tokenizer, chat template, tokens that end it.
-TEXTS = (".json", ".jinja", ".model", ".txt")
 LARGEST_SEED = 2**32 - 1  # the most that every generator of numbers takes
 
 
@@ -74,6 +70,8 @@ class RunConfig:
         match: see :class:`MatchConfig`; None runs the method as it is.
         figure: one of ``FIGURES``, drawn over all cells of the command; changes no result.
         seed: seed of everything random.
+        inputs: digests of the files that the bench and the method read, by the setting that names
+            them, filled in; None without such files. Other content is another run.
         check: run the safety gate before measuring.
         resume: continue an interrupted run and skip a finished one; false starts again.
     """
@@ -87,6 +85,7 @@ class RunConfig:
     match: Optional[MatchConfig] = None  # noqa: UP045 - OmegaConf reads no other spelling
     figure: str | None = None
     seed: int = 0
+    inputs: Any = None
     check: bool = True
     resume: bool = True
 
@@ -118,7 +117,15 @@ class RunConfig:
         _check_names(run)
         if run.figure is not None and run.figure not in FIGURES:
             raise ConfigError(f"figure={run.figure}: expected one of {', '.join(FIGURES)}")
-        run.model.checkpoint = checkpoint_digest(run.model.source)
+        source = Path(run.model.source)
+        if run.model.name is None and not is_folder_name(source.name):
+            # model.path=. or .. is a checkpoint without a name: elsewhere it would get another one.
+            run.model.name = source.resolve().name or "model"
+        run.inputs = digests_of(_input_files(run)) or None
+        run.model.checkpoint = None
+        if run.uses_model:
+            has_weights = run.model.weights == "pretrained"
+            run.model.checkpoint = checkpoint_files(run.model.source, has_weights=has_weights)
         run.model.processes = num_ranks() if run.model.tp else None
         return run
 
@@ -177,8 +184,10 @@ class RunConfig:
 
     @property
     def sample_set(self) -> str:
-        """Identity of what is asked, whatever the method: runs that share it can be paired."""
-        return digest({**replace(self, match=None)._identity(), "method": None})
+        """Identity of what is asked, whatever the method: the settings of bench and model, and the
+        content of the files they name."""
+        asked = replace(self, match=None, inputs=self._inputs_of("bench") or None)
+        return digest({**asked._identity(), "method": None})
 
     @property
     def group(self) -> Path:
@@ -190,20 +199,64 @@ class RunConfig:
         """Folder of the run."""
         return self.group / self.method["name"] / self.hash
 
+    @property
+    def contents(self) -> dict[str, str]:
+        """Digests of all files that the run reads, by setting and file name.
+
+        Empty for runs from before files were digested one by one.
+        """
+        checkpoint = self.model.checkpoint if self.uses_model else None
+        files = checkpoint if isinstance(checkpoint, Mapping) else {}
+        return {**{f"model/{name}": text for name, text in files.items()}, **(self.inputs or {})}
+
+    @property
+    def identity_without_content(self) -> dict[str, Any]:
+        """What the user asked for, whatever the files it names hold."""
+        identity = self._identity()
+        where = ("path", "architecture", "checkpoint")
+        model = {key: value for key, value in (identity["model"] or {}).items() if key not in where}
+        return {**identity, "model": model, "inputs": None}
+
     def _identity(self) -> dict[str, Any]:
-        model = self._model_identity() if self.uses_model else None
-        identity = {"model": model, "method": self.method, "bench": self.bench, "seed": self.seed}
-        # Runs without a match keep the identity they had before there was such a thing.
+        identity = {
+            "model": self.model_identity,
+            "method": self.identity_without_paths("method"),
+            "bench": self.identity_without_paths("bench"),
+            "seed": self.seed,
+        }
+        # Runs without files or a match keep the identity they had before there was such a thing.
+        if self.inputs:
+            identity["inputs"] = dict(self.inputs)
         return identity if self.match is None else {**identity, "match": asdict(self.match)}
 
-    def _model_identity(self) -> dict[str, Any]:
+    def _inputs_of(self, group: str) -> dict[str, str]:
+        inputs = self.inputs or {}
+        return {name: text for name, text in inputs.items() if name.startswith(f"{group}.")}
+
+    def identity_without_paths(self, group: str) -> dict[str, Any]:
+        """A group's settings; of files whose content is known only the name, of folders nothing."""
+        settings = dict(getattr(self, group))
+        for name in self._inputs_of(group):
+            setting, _, inside = name.partition("/")
+            key = setting.partition(".")[2]
+            settings[key] = None if inside or not settings[key] else Path(settings[key]).name
+        return settings
+
+    @property
+    def model_identity(self) -> dict[str, Any] | None:
+        """What tells models apart: of a local checkpoint its content, wherever it lies."""
+        if not self.uses_model:
+            return None
         model = {key: value for key, value in asdict(self.model).items() if key != "name"}
+        if isinstance(model["checkpoint"], Mapping):  # in older runs a text: their path counts
+            del model["path"], model["architecture"]
         if model["checkpoint"] is None:  # on the hub, where the name says which
             del model["checkpoint"]
         if not model["tp"]:  # runs from before there was such a thing keep their identity
             del model["tp"], model["processes"]
         if model["weights"] == "pretrained":  # likewise
-            del model["weights"], model["architecture"]
+            del model["weights"]
+            model.pop("architecture", None)
         return model
 
 
@@ -216,6 +269,18 @@ def _check_names(run: RunConfig) -> None:
     for registry, settings in ((METHODS, run.method), (BENCHES, run.bench)):
         if settings["name"] not in registry.names:
             raise ConfigError(unknown(registry.kind, str(settings["name"])[:80], registry.names))
+
+
+def _input_files(run: RunConfig) -> dict[str, Path]:
+    """The files that the bench and the method read, by the setting that names them."""
+    from experiments.bench import BENCHES
+
+    files = BENCHES.load(run.bench["name"]).input_files(parameters(run.bench))
+    named = {f"bench.{name}": path for name, path in files.items()}
+    for key, value in parameters(run.method).items():
+        if key.endswith("_path") and value is not None and Path(value).is_file():
+            named[f"method.{key}"] = Path(value)
+    return named
 
 
 def parameters(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,30 +323,6 @@ def _is_plain(hint: Any) -> bool:
     if get_origin(hint) is dict:  # parameters of a part, checked by the part
         return get_args(hint)[0] is str
     return hint in scalars
-
-
-def checkpoint_digest(path: str) -> str | None:
-    """Digest of a local checkpoint: its config and tokenizer, and its weight files' ends.
-
-    None for a name on the hub. Of weight files names, sizes and both ends: a whole hash would take
-    minutes for a large model.
-    """
-    folders = (Path(os.path.expanduser(path)), ROOT / path)
-    folder = next((found for found in folders if (found / "config.json").is_file()), None)
-    if folder is None:
-        return None
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.iterdir()):
-        if file.suffix in TEXTS and file.name != "config.json" and file.is_file():
-            digest.update(f"{file.name} ".encode() + file.read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as weights:
-            digest.update(weights.read(1 << 20))
-            weights.seek(max(0, size - (1 << 20)))
-            digest.update(weights.read())
-    return digest.hexdigest()[:12]
 
 
 def digest(tree: Mapping[str, Any]) -> str:

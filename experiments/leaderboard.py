@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import pandas as pd
 
-from experiments.report.runs import READ_ERRORS, Group, Results, Run, read_results
+from experiments.report.runs import READ_ERRORS, Group, Problem, Results, Run, read_results
 from experiments.store import write_atomically
 from experiments.table import Row
 
@@ -47,6 +47,7 @@ COLUMNS = (
     "device",
     "commit",
     "is_dirty",
+    "num_environments",
     "hash",
 )
 
@@ -62,7 +63,7 @@ def make_leaderboard(results: Results) -> tuple[pd.DataFrame, list[str]]:
     benches of times and coverage), ``density`` and ``coverage`` are shares, ``speed_up`` is over
     dense attention on the same device at ``speed_up_at`` tokens.
     """
-    rows, refused = [], []
+    rows, refused = [], [f"{problem.folder}: {problem.reason}" for problem in _broken(results)]
     for group in results.groups:
         for run, row in zip(group.runs, group.rows, strict=True):
             try:
@@ -75,6 +76,11 @@ def make_leaderboard(results: Results) -> tuple[pd.DataFrame, list[str]]:
     order = ["bench", "model", "bench_setting", "score", "method", "setting"]
     is_up = [True, True, True, False, True, True]
     return frame.sort_values(order, ascending=is_up, ignore_index=True), refused
+
+
+def _broken(results: Results) -> list[Problem]:
+    """Folders whose files contradict each other, such as samples edited after they were summed."""
+    return [problem for problem in results.problems if problem.status == "broken"]
 
 
 def check_run(run: Run) -> None:
@@ -182,6 +188,7 @@ def _row(group: Group, run: Run, row: Row) -> dict[str, Any]:
         "device": run.metrics.get("device"),
         "commit": run.environment.get("commit"),
         "is_dirty": run.environment.get("is_dirty"),
+        "num_environments": row["num_environments"],
         "hash": run.digest,
     }
 
@@ -231,9 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = options.out or options.outputs / "leaderboard.csv"
         frame, refused = make_leaderboard(results)
         write_atomically(out, frame.to_csv(index=False))
-        without = (
-            f", {len(results.problems)} runs without a result left out" if results.problems else ""
-        )
+        num_without = len(results.problems) - len(_broken(results))
+        without = f", {num_without} runs without a result left out" if num_without else ""
         _say(f"{len(frame)} rows: {out}{without}")
     for reason in refused:
         _say(f"refused: {reason}")

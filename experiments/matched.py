@@ -17,7 +17,10 @@ from experiments.bench import Bench
 from experiments.compare import changed_parameters, describe
 from experiments.config import ConfigError, MatchConfig, RunConfig, digest, parameters
 from experiments.console import log_to
+from experiments.content import input_digest
+from experiments.environment import describe_environment
 from experiments.models import LoadedModel, load_model
+from experiments.run_environments import environments_of
 from experiments.store import Record, RunStore
 from pbs.methods import METHODS, Knob, build_method
 
@@ -120,6 +123,7 @@ def calibrate(cfg: RunConfig, make_bench: Callable[[], Bench]) -> tuple[RunConfi
             if value not in trials:
                 record = _measure(settings_at(cfg.method, knob, value), *prompts())
                 record |= {"sample_id": f"{knob.name}={value}", "value": value}
+                record |= {"environment": describe_environment()["id"]}
                 with store.appending() as appender:
                     appender.append(record)
                 trials[value] = _trial(record)
@@ -127,6 +131,13 @@ def calibrate(cfg: RunConfig, make_bench: Callable[[], Bench]) -> tuple[RunConfi
 
         path = search(measure, knob, match)
         records = store.samples()
+    if len(environments_of(records)) > 1:
+        logger.warning(
+            "%s: the values of %s were tried in %d environments; resume=false tries all again",
+            cfg.method["name"],
+            knob.name,
+            len(environments_of(records)),
+        )
     calibration = _conclude(path, knob, match, records[0]["prompts"])
     if not calibration.is_reachable:
         return cfg, calibration
@@ -234,6 +245,7 @@ def _measure(
         "prompt_density": density,
         "prompt_coverage": coverage,
         "prompts": [name for name, _ in prompts],
+        "input_digests": [input_digest(ids) for _, ids in prompts],
         "settings": parameters(settings),
     }
 
@@ -270,9 +282,10 @@ def _folder(cfg: RunConfig) -> Any:
     """Where the trials are kept: the same for all targets."""
     match = cfg.match
     identity = {
-        "model": asdict(cfg.model),
-        "method": cfg.method,
-        "bench": cfg.bench,
+        "model": cfg.model_identity,
+        "method": cfg.identity_without_paths("method"),
+        "bench": cfg.identity_without_paths("bench"),
+        **({"inputs": cfg.inputs} if cfg.inputs else {}),
         "prompts": [match.lengths, match.num_prompts],
         "seed": cfg.seed,
     }

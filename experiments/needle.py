@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.bench import Bench, Context
+from experiments.content import input_digest
+from experiments.run_environments import prefill_times
 from experiments.store import Record
 from pbs.registry import unknown
 
@@ -53,6 +55,11 @@ class NeedleBench(Bench):
         coverage_heads: query heads to measure; default: all.
         coverage_rows: queries a call to measure coverage on; null for all.
     """
+
+    which_samples = (
+        *("limit", "tasks", "lengths", "depths", "num_samples"),
+        *("coverage_every", "coverage_layers", "coverage_heads", "coverage_rows"),
+    )
 
     tasks: list[str] = field(default_factory=_all_tasks)
     lengths: list[int] = field(default_factory=lambda: [1024, 4096, 8192])
@@ -291,6 +298,7 @@ def answer(model: LoadedModel, sample: NeedleSample, inputs: torch.Tensor) -> Re
         "length": sample.length,
         "depth": sample.depth,
         "num_input_tokens": inputs.shape[1],
+        "input_digest": input_digest(inputs),
         "num_output_tokens": len(tokens),
         "is_truncated": False,
         "completion": completion,
@@ -354,13 +362,12 @@ def num_layers(model: LoadedModel) -> int:
 
 def measure(records: Sequence[Record]) -> dict[str, Any]:
     """Accuracy, density, coverage and time of some records."""
-    from experiments.statistics import quantiles, wilson_interval
+    from experiments.statistics import wilson_interval
 
     if not records:
         return {"num_samples": 0}
     num_correct = sum(record["correct"] for record in records)
     interval = wilson_interval(num_correct, len(records))
-    times = quantiles([record["prefill_seconds"] for record in records])
     dense_calls: Counter[str] = Counter()
     for record in records:
         dense_calls.update(record["dense_calls"])
@@ -372,9 +379,7 @@ def measure(records: Sequence[Record]) -> dict[str, Any]:
         "accuracy_high": interval.high,
         "density": _mean(record["density"] for record in records),
         "coverage": _mean(record.get("coverage") for record in records),
-        "prefill_seconds": times.median,
-        "prefill_p20": times.p20,
-        "prefill_p80": times.p80,
+        **prefill_times(records),
         "num_truncated": sum(record["is_truncated"] for record in records),
         "sparse_calls": sum(record["sparse_calls"] for record in records),
         "dense_calls": dict(dense_calls),

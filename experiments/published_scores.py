@@ -108,7 +108,8 @@ def compare_published(group: str | Path) -> pd.DataFrame:
     for score in load_published(group.parent.name, group.name):
         candidates = [run.against(score) for run in runs if run.method == score.method]
         missing = {"status": "not run", "ours": None, "difference": None, "hash": None}
-        best = min(candidates, key=lambda row: _RANK.index(row["status"]), default=missing)
+        candidates.sort(key=lambda row: (_RANK.index(row["status"]), row.pop("order")))
+        best = candidates[0] if candidates else missing
         rows.append(
             {
                 "source": score.source,
@@ -132,6 +133,13 @@ class _Run:
     digest: str
     changed: Mapping[str, Any]
     metrics: Mapping[str, Any]
+    seed: int
+
+    @property
+    def order(self) -> tuple[int, int, str]:
+        """Of several runs of one kind the one with most samples counts, then the lowest seed."""
+        total = (self.metrics.get("results") or {}).get("total", {})
+        return -(total.get("num_samples") or 0), self.seed, self.digest
 
     @classmethod
     def read(cls, folder: Path) -> _Run | None:
@@ -140,11 +148,12 @@ class _Run:
         from pbs.methods import METHODS
 
         try:
-            changed = changed_parameters(METHODS, config_of(folder).method)
+            cfg = config_of(folder)
+            changed = changed_parameters(METHODS, cfg.method)
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
             logger.warning("%s is left out of the published comparison: %s", folder, error)
             return None
-        return cls(folder.parent.name, folder.name, changed, RunStore(folder).metrics())
+        return cls(folder.parent.name, folder.name, changed, RunStore(folder).metrics(), cfg.seed)
 
     def against(self, score: PublishedScore) -> dict[str, Any]:
         """What this run says about a published score."""
@@ -160,6 +169,7 @@ class _Run:
             "ours": ours,
             "difference": None if ours is None else ours - score.value,
             "hash": self.digest,
+            "order": self.order,
         }
 
 

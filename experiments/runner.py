@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from experiments.bench import BENCHES, Bench, Context
-from experiments.compare import compare_with_dense, describe
+from experiments.compare import compare_with_dense, describe, explain_other_inputs
 from experiments.config import ConfigError, RunConfig, parameters
 from experiments.console import SampleProgress, log_to, show_messages
 from experiments.distributed import join_ranks
@@ -21,8 +21,9 @@ from experiments.environment import describe_environment
 from experiments.failures import describe_failure, explain_failure, release_after_failure
 from experiments.matched import Calibration, calibrate
 from experiments.models import LoadedModel, load_model
+from experiments.run_environments import environments_of
 from experiments.setting_checks import check_lists
-from experiments.store import Record, RunStore, to_json, write_atomically
+from experiments.store import CHANGED, Record, RunStore, to_json, write_atomically
 from experiments.tracking import Tracker
 from pbs.methods import METHODS, AttentionMethod, build_method
 from pbs.registry import unknown
@@ -109,9 +110,14 @@ def _run_locked(
         return
     if is_finished:
         logger.info("%s: ended after its last sample, before its pictures: making them", title)
+    elif metrics.get("error", {}).get("type") == CHANGED:
+        logger.error("%s: %s", title, metrics["error"]["message"])
+        return
     elif metrics:
         logger.info("%s: %s earlier, trying again", title, metrics["status"])
         store.metrics_path.unlink()
+    for note in explain_other_inputs(cfg):
+        logger.info("%s: %s", title, note)
     store.open()
     environment = describe_environment()
     facts = _write_facts(cfg, store, overrides, environment, calibration)
@@ -124,7 +130,7 @@ def _run_locked(
         config={**cfg.to_dict(), "hash": cfg.hash, "environment": environment},
     )
     try:
-        bench, context, results = _measure(cfg, store, tracker, title)
+        bench, context, results = _measure(cfg, store, tracker, title, environment["id"])
     except Exception as error:  # the one boundary: a cell's failure is a result
         # The terminal shows the message only, run.log the traceback too.
         failure = describe_failure(error)
@@ -209,7 +215,7 @@ def _record_failed_calibration(
 
 
 def _measure(
-    cfg: RunConfig, store: RunStore, tracker: Tracker, title: str
+    cfg: RunConfig, store: RunStore, tracker: Tracker, title: str, environment: str
 ) -> tuple[Bench, Context, dict[str, Any]]:
     """Everything between an empty or half-filled folder and its metrics."""
     torch.manual_seed(cfg.seed)
@@ -227,6 +233,7 @@ def _measure(
 
         def add(record: Record) -> None:
             nonlocal num_done
+            record = {"environment": environment, **record}  # a worker's own goes before
             appender.append(record)
             num_done += 1
             tracker.log_sample(record, num_done)
@@ -244,6 +251,8 @@ def _measure(
         bench.run(context)
     records = store.samples()
     results = {
+        "samples_digest": store.samples_digest(),
+        "environments": environments_of(records),
         "partial": bench.is_partial,
         "seconds": sum(record.get("seconds", 0.0) for record in records),
         "results": bench.summarise(records),

@@ -41,8 +41,9 @@ class ModelConfig:
         processes: how many those are, filled in: times depend on it.
         weights: "pretrained", or "random": the architecture with weights drawn anew, for times.
         architecture: folder with a config.json to draw random weights for; default: ``path``.
-        checkpoint: digest of a local checkpoint, filled in: another one under the same path is
-            another run.
+        checkpoint: digests of a local checkpoint's files by their names, filled in: another one
+            under the same path is another run, the same one under another path is not. In older
+            runs one digest of their beginnings and ends, a text.
     """
 
     name: str | None = None
@@ -57,7 +58,7 @@ class ModelConfig:
     processes: int | None = None
     weights: str = "pretrained"
     architecture: str | None = None
-    checkpoint: str | None = None
+    checkpoint: Any = None
 
     def __post_init__(self) -> None:
         if self.weights not in WEIGHTS:

@@ -21,9 +21,15 @@ from typing import Any
 
 import yaml
 
+from experiments.content import file_digest
+from experiments.run_environments import add_environment, environments_in
+
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+
+# Type of the error of a run whose samples are not those that its metrics sum up.
+CHANGED = "SamplesChanged"
 
 # Of files that :func:`write_atomically` has not finished: ".<name>.<process>".
 _SCRATCH = re.compile(r"\..+\.\d+")
@@ -42,6 +48,7 @@ class RunStore:
         self.metrics_path = folder / "metrics.json"
         self.config_path = folder / "config.yaml"
         self.log_path = folder / "run.log"
+        self._environment_path = folder / "env.json"
         self._open_path = folder / ".open"
 
     @contextmanager
@@ -78,7 +85,9 @@ class RunStore:
         """Content of ``metrics.json``; empty if the run has not ended.
 
         A file that is not JSON (something else wrote it) reads as a run with the status "broken":
-        the same command measures what is missing and writes it anew.
+        the same command measures what is missing and writes it anew. So does one that was written
+        for other samples than those in ``samples.jsonl``, by their digest; metrics from before
+        there was a digest are taken at their word.
         """
         if not self.metrics_path.exists():
             return {}
@@ -92,7 +101,22 @@ class RunStore:
         has_total = isinstance(results, dict) and isinstance(results.get("total"), dict)
         if metrics["status"] == "finished" and not has_total:
             return _broken(f"{self.metrics_path} says finished, but has no results")
+        stated = metrics.get("samples_digest")
+        if stated is not None and stated != self.samples_digest():
+            return _broken(
+                f"{self.metrics_path} was written for other samples than those in "
+                f"{self.samples_path.name}, which was edited, cut or replaced since: restore that "
+                "file, or run the same command with resume=false, which measures everything again",
+                CHANGED,
+            )
         return metrics
+
+    def samples_digest(self) -> str | None:
+        """Digest of ``samples.jsonl`` as it is; None without it."""
+        try:
+            return file_digest(self.samples_path)
+        except FileNotFoundError:
+            return None
 
     def samples(self) -> list[Record]:
         """All complete records, each ``sample_id`` once, in the order they were made.
@@ -112,8 +136,9 @@ class RunStore:
                 records.setdefault(record["sample_id"], record)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(
-                    f"{self.samples_path}, line {number} is broken ({error}); delete the line and "
-                    "run the same command again: that sample is measured anew"
+                    f"{self.samples_path}, line {number} is broken ({error}); delete the line, and "
+                    "metrics.json if it is there, and run the same command again: that sample is "
+                    "measured anew"
                 ) from error
         return list(records.values())
 
@@ -136,20 +161,29 @@ class RunStore:
         write_atomically(self.config_path, yaml.safe_dump(dict(config), sort_keys=False))
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
-        """Write ``env.json``; keeps the environment that made the samples which are there.
+        """Write ``env.json``; keeps the environments that made the samples which are there.
 
-        A run that continues in the same environment leaves the file as it is.
+        The latest stands first, the others by their ids under "earlier". A run that continues in
+        the same environment leaves the file as it is.
         """
-        path = self.folder / "env.json"
-        if path.exists() and self.samples_path.exists():
-            try:
-                before = json.loads(path.read_text(encoding="utf-8"))
-            except (ValueError, RecursionError) as error:
-                before = {"error": f"was no JSON: {error}"}
-            if isinstance(before, dict) and _without_time(before) == _without_time(environment):
-                return
-            environment = {**environment, "resumed_from": before}
-        write_atomically(path, to_json(environment, indent=2) + "\n")
+        before = self._environment() if self.samples_path.exists() else {}
+        content = add_environment(before, environment)
+        if content != before:
+            write_atomically(self._environment_path, to_json(content, indent=2) + "\n")
+
+    def environments(self) -> dict[str, Mapping[str, Any]]:
+        """The environments of ``env.json`` by their ids, the latest first; empty without it."""
+        return environments_in(self._environment())
+
+    def _environment(self) -> Mapping[str, Any]:
+        path = self._environment_path
+        if not path.exists():
+            return {}
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            return {"error": f"was no JSON: {error}"}
+        return content if isinstance(content, dict) else {"error": "was no JSON object"}
 
     def clear(self) -> None:
         """Forget samples and metrics."""
@@ -191,10 +225,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
-def _without_time(environment: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in environment.items() if key not in ("time", "resumed_from")}
-
-
 def remove_scratch(folder: Path, *, older_than: float = 0.0) -> None:
     """Remove what killed processes had not finished writing.
 
@@ -209,8 +239,8 @@ def remove_scratch(folder: Path, *, older_than: float = 0.0) -> None:
                     path.unlink()
 
 
-def _broken(message: str) -> dict[str, Any]:
-    return {"status": "broken", "error": {"type": "ValueError", "message": message}}
+def _broken(message: str, kind: str = "ValueError") -> dict[str, Any]:
+    return {"status": "broken", "error": {"type": kind, "message": message}}
 
 
 def _finite(value: Any) -> Any:

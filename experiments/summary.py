@@ -6,24 +6,19 @@ import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import pandas as pd
-
-from experiments.bench import BENCHES
-from experiments.compare import config_of
 from experiments.config import LoggerConfig, PathsConfig
 from experiments.console import show_messages
+from experiments.group_files import draw_group, is_stale, runs_of_group
 from experiments.opencompass.report import report_scores
 from experiments.ranks import is_follower
 from experiments.speed.timing_table import timing_notes, write_table7
-from experiments.store import RunStore, remove_scratch
-from experiments.table import Row, make_rows, show, write
+from experiments.store import remove_scratch
+from experiments.table import Row, make_rows, reading_notes, show, write
 from experiments.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
-PICTURE = "accuracy_density.png"
 SECONDS_OF_A_WRITE = 3600.0  # at most, by a process that works on the same group
-MARKER = ".compared"  # touched when everything over a group's runs is drawn and tracked
 
 
 def report(
@@ -54,59 +49,22 @@ def report(
         rows = make_rows(cells)
         is_failed |= any(row["status"] not in ("finished", "unreachable") for row in rows)
         show(group, rows)  # first: a full disk must not hide it
-        write(group, rows)
-        report_scores(group, cells)
-        tables = write_table7(group, rows)
-        is_stale = _is_stale(group, cells)
-        if is_stale:
-            _draw(group, config_of(cells[-1]).sample_set)
+        everything = runs_of_group(group, cells)
+        all_rows = make_rows(everything)
+        write(group, all_rows)
+        report_scores(group, cells, everything)
+        tables = write_table7(group, all_rows)
+        is_new = is_stale(group, cells)
+        places = draw_group(group, cells) if is_new else []
         if figure is not None:
             _draw_figure(figure, group, cells)
-        pictures = [path for folder in (group, *cells) for path in sorted(folder.glob("*.png"))]
+        folders = dict.fromkeys((group, *places, *cells))
+        pictures = [path for folder in folders for path in sorted(folder.glob("*.png"))]
         for note in [*_notes(group, rows, pictures), *(f"table: {path}" for path in tables)]:
             logger.info("%s", note)
-        if is_stale:
-            if tracking is not None:
-                _track(Tracker(*tracking), group, cells, rows, pictures)
-            (group / MARKER).touch()
+        if is_new and tracking is not None:
+            _track(Tracker(*tracking), group, cells, rows, pictures)
     return int(is_failed)
-
-
-def _is_stale(group: Path, cells: Sequence[Path]) -> bool:
-    """Whether a run is newer than what is drawn; if none is, there is nothing to draw or track."""
-    marker = group / MARKER
-    metrics = [path for path in (cell / "metrics.json" for cell in cells) if path.exists()]
-    if not marker.exists() or not (group / PICTURE).exists():
-        return True
-    return any(path.stat().st_mtime > marker.stat().st_mtime for path in metrics)
-
-
-def _draw(group: Path, sample_set: str) -> None:
-    """Accuracy against density over all finished runs of this bench and model on equal samples.
-
-    And what else the bench draws over them.
-    """
-    runs, folders = [], []
-    for path in sorted(group.glob("*/*/metrics.json")):
-        metrics = RunStore(path.parent).metrics()
-        if metrics.get("status") == "finished" and metrics["sample_set"] == sample_set:
-            folders.append(path.parent)
-        total = metrics.get("results", {}).get("total", {})
-        is_known = total.get("accuracy") is not None and total.get("density") is not None
-        if not is_known or metrics["sample_set"] != sample_set:
-            continue
-        runs.append(
-            {
-                **{key: metrics[key] for key in ("method", "bench", "model")},
-                **{key: total[key] for key in ("accuracy", "density", "num_samples")},
-                "setting": metrics["label"].partition(" ")[2],
-            }
-        )
-    if runs:
-        from experiments.pictures import draw_accuracy_density
-
-        draw_accuracy_density(pd.DataFrame(runs), group / PICTURE)
-    BENCHES.load(group.parent.name).draw_together(folders, group)
 
 
 def _draw_figure(name: str, group: Path, cells: Sequence[Path]) -> None:
@@ -134,14 +92,16 @@ def _notes(group: Path, rows: Sequence[Row], pictures: Iterable[Path]) -> list[s
             else "accuracy and difference 95 % intervals (Wilson; paired, Newcombe)"
         )
         notes.append(f"brackets: {intervals}, time 20th to 80th percentile")
+    notes += reading_notes(rows)
     commands = {row["dense_command"]: None for row in rows if row["dense_command"]}
     notes += [f"no dense run to compare with; make it with: {command}" for command in commands]
     notes += [
         f"{row['status']}: {row['label']}: {_first_line(row['error'])} ({row['path']}/metrics.json)"
         for row in rows
-        if row["status"] in ("failed", "unreachable")
+        if row["status"] in ("failed", "unreachable", "broken")
     ]
-    notes.append(f"results: {group}, table: {group / 'summary.csv'} and summary.md")
+    table = f"{group / 'summary.csv'} and summary.md (all finished runs there)"
+    notes.append(f"results: {group}, table: {table}")
     notes += [f"picture: {path}" for path in pictures]
     return notes
 

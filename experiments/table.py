@@ -12,30 +12,48 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.bench import BENCHES
-from experiments.compare import compare_with_dense, config_of, dense_command, find_dense
-from experiments.config import DENSE, RunConfig
+from experiments.compare import (
+    compare_with_dense,
+    config_of,
+    dense_command,
+    find_dense,
+    is_plain_dense,
+    samples_of,
+)
+from experiments.config import RunConfig, digest
+from experiments.dense_times import compare_times
 from experiments.speed.timing_table import timing_columns, timing_numbers
 from experiments.store import RunStore, write_atomically
 
 Row = dict[str, Any]
 
 
-def make_rows(cells: Sequence[Path]) -> list[Row]:
-    """One row per run, the dense reference first if it is not among them."""
+def make_rows(cells: Sequence[Path], *, adds_dense: bool = True) -> list[Row]:
+    """One row per run.
+
+    Accuracy is compared with the plain dense run (:func:`experiments.compare.find_dense`), times
+    with the fastest dense run of the same device and environment
+    (:func:`experiments.dense_times.compare_times`), both on the samples that they share.
+
+    Args:
+        cells: run folders.
+        adds_dense: also give the runs that accuracy is compared with, first, if they are not among
+            the cells.
+    """
     configs = {cell: config_of(cell) for cell in cells}
-    rows, seen = [], set(cells)
-    for cfg in configs.values():
+    references: dict[Path, RunConfig] = {}
+    for cfg in configs.values() if adds_dense else ():
         dense = None if times_dense(cfg) else find_dense(cfg)
-        if dense is not None and dense.folder not in seen:
-            seen.add(dense.folder)
-            rows.append(_row(dense.folder, cfg))
-    rows += [_row(cell, cfg) for cell, cfg in configs.items()]
+        if dense is not None and dense.folder not in configs:
+            references[dense.folder] = config_of(dense.folder)
+    configs = {**references, **configs}
+    rows = [_row(cell, cfg) for cell, cfg in configs.items()]
     _tell_apart(rows, {str(cell): cfg for cell, cfg in configs.items()})
     return rows
 
 
 def _row(folder: Path, cfg: RunConfig) -> Row:
-    """The numbers of one run; ``cfg`` is its own or that of a run on the same samples."""
+    """The numbers of one run, whose configuration is ``cfg``."""
     store = RunStore(folder)
     metrics = store.metrics()
     row: Row = {
@@ -46,6 +64,9 @@ def _row(folder: Path, cfg: RunConfig) -> Row:
         "partial": metrics.get("partial"),
         "error": (metrics.get("error") or {}).get("message"),
         "path": str(folder),
+        "sample_set": cfg.sample_set,
+        "num_environments": len(metrics.get("environments") or [None]),
+        "is_reference": is_plain_dense(cfg.method),
         "dense_command": None,
     }
     match = metrics.get("match") or {}
@@ -63,22 +84,20 @@ def _row(folder: Path, cfg: RunConfig) -> Row:
     )
     row |= {key: results["total"].get(key) for key in totals}
     row |= {"timed_length": length}
-    row |= {key: timed.get(key) for key in ("prefill_seconds", "prefill_p20", "prefill_p80")}
+    times = ("prefill_seconds", "prefill_p20", "prefill_p80", "no_time")
+    row |= {key: timed.get(key) for key in times}
     if not _is_compared(row):
         return row
-    dense = find_dense(cfg)
+    records = samples_of(store)
+    dense = find_dense(cfg, records)
     if dense is None:
         row["dense_command"] = dense_command(cfg, metrics["overrides"])
         return row
-    if row["method"] != DENSE:
-        paired = compare_with_dense(cfg, store.samples()) or {}
-        row |= {key: paired.get(key) for key in ("difference", "low", "high", "p_value")}
-    dense_metrics = dense.metrics()
-    reference = _longest(dense_metrics["results"])[1].get("prefill_seconds")
-    # Times of two machines say nothing about two methods.
-    if dense_metrics["device"] == metrics["device"] and reference and row["prefill_seconds"]:
-        row["speed_up"] = reference / row["prefill_seconds"]
-    return row
+    paired = compare_with_dense(cfg, records) or {}
+    row |= {key: paired.get(key) for key in ("difference", "low", "high", "p_value")}
+    row |= {key: paired.get(key) for key in ("num_pairs", "num_unpaired", "num_differing")}
+    row |= {"differing": ", ".join(paired.get("differing", ())), "dense_hash": paired.get("hash")}
+    return row | compare_times(cfg, store, length)
 
 
 def times_dense(cfg: RunConfig) -> bool:
@@ -101,14 +120,18 @@ def _tell_apart(rows: Sequence[Row], configs: Mapping[str, RunConfig]) -> None:
 
 
 def flatten_settings(cfg: RunConfig) -> dict[str, str]:
-    """Settings of model and bench, and the seed, as text by their names."""
+    """Settings of model and bench, the seed and what files held, as text by their names."""
     tree = cfg.to_dict()
+    checkpoint = tree["model"]["checkpoint"]
+    if isinstance(checkpoint, Mapping):
+        tree["model"]["checkpoint"] = digest(checkpoint)
     groups = {
         f"{name}.{key}": str(value)
         for name in ("model", "bench")
         for key, value in tree[name].items()
     }
-    return {**groups, "seed": str(cfg.seed)}
+    inputs = digest(cfg.inputs) if cfg.inputs else "none"
+    return {**groups, "seed": str(cfg.seed), "inputs": inputs}
 
 
 def _longest(results: Mapping[str, Any]) -> tuple[int | None, Mapping[str, Any]]:
@@ -182,16 +205,20 @@ def _percent(row: Row, key: str, low: str = "", high: str = "") -> str:
 def _difference(row: Row) -> str:
     if row["status"] != "finished":
         return ""
-    if row["method"] == DENSE:
+    if row["is_reference"]:
         return "reference"
     if row.get("difference") is None:
-        return "no dense run" if row["dense_command"] else "–"
+        return "no dense run" if row["dense_command"] else _unpaired(row)
     return f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+
+
+def _unpaired(row: Row) -> str:
+    return "other inputs" if row.get("num_differing") else "–"
 
 
 def _time(row: Row) -> str:
     if row.get("prefill_seconds") is None:
-        return ""
+        return "–" if row.get("no_time") else ""
     median, low, high = (
         f"{1000 * row[key]:.0f}" for key in ("prefill_seconds", "prefill_p20", "prefill_p80")
     )
@@ -199,7 +226,57 @@ def _time(row: Row) -> str:
 
 
 def _speed_up(row: Row) -> str:
-    return f"{row['speed_up']:.2f}x" if row.get("speed_up") else ""
+    if row.get("speed_up"):
+        return f"{row['speed_up']:.2f}x"
+    return "–" if row.get("no_speed_up") or row.get("no_time") else ""
+
+
+def reading_notes(rows: Sequence[Row]) -> list[str]:
+    """How the table is to be read: what is compared with what, and why a number is missing."""
+    notes = []
+    if any(row.get("difference") is not None for row in rows):
+        notes.append(
+            "difference to dense: to the plain dense run (flash, every parameter at its default) "
+            "of the same model, sample by sample where both were asked the same"
+        )
+    over = sorted({row["speed_up_over"] for row in rows if row.get("speed_up_over")})
+    if over:
+        notes.append(
+            f"speed-up: over {' or '.join(over)}, the fastest dense run of the same device and "
+            "environment that timed the same samples"
+        )
+    if len({row["sample_set"] for row in rows if row.get("num_samples")}) > 1:
+        notes.append(
+            "the rows are of different samples: compare accuracies through the difference to dense"
+        )
+    for row in rows:
+        notes += [f"{row['label']}: {text}" for text in _remarks(row)]
+    return notes
+
+
+def _remarks(row: Row) -> list[str]:
+    """What one row does not show."""
+    texts = []
+    if row.get("num_differing"):
+        texts.append(
+            f"inputs differ: {row['num_differing']} samples were asked something else in the dense "
+            f"run and are not compared ({row['differing']}{', ...' * (row['num_differing'] > 5)})"
+        )
+    if row.get("num_unpaired"):
+        texts.append(
+            f"compared on {row['num_pairs']} samples; {row['num_unpaired']} are not in the dense "
+            "run"
+        )
+    if row["num_environments"] > 1:
+        texts.append(
+            f"its samples come from {row['num_environments']} environments (env.json; each sample "
+            "names its own)"
+        )
+    if row.get("no_time"):
+        texts.append(f"no time: {row['no_time']}")
+    elif row.get("no_speed_up"):
+        texts.append(f"no speed-up: {row['no_speed_up']}")
+    return texts
 
 
 def show(group: Path, rows: Sequence[Row]) -> None:
@@ -239,10 +316,18 @@ def title_of(group: Path, rows: Sequence[Row]) -> str:
 
 
 def write(group: Path, rows: Sequence[Row]) -> None:
-    """The table as CSV with the raw numbers, and as Markdown."""
+    """The table as CSV with the raw numbers, and as Markdown, there a table per set of samples."""
     write_atomically(group / "summary.csv", pd.DataFrame(rows).to_csv(index=False))
-    text = to_markdown(format_columns(rows))
-    write_atomically(group / "summary.md", f"{title_of(group, rows)}\n\n{text}\n")
+    by_set: dict[str, list[Row]] = {}
+    for row in rows:
+        by_set.setdefault(row["sample_set"], []).append(row)
+    texts = []
+    for name, part in by_set.items():
+        note = f", samples {name}" if len(by_set) > 1 else ""
+        lines = [f"{title_of(group, part)}{note}", to_markdown(format_columns(part))]
+        remarks = "\n".join(f"- {text}" for text in reading_notes(part))
+        texts.append("\n\n".join(filter(None, [*lines, remarks])))
+    write_atomically(group / "summary.md", "\n\n".join(texts) + "\n")
 
 
 def to_markdown(columns: Mapping[str, Sequence[str]]) -> str:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.bench import Bench, Context
 from experiments.config import ConfigError, RunConfig
+from experiments.content import input_digest
 from experiments.coverage.settings import Setting, find_values, settings_of, spread_values
-from experiments.coverage.texts import NEEDLE, Prompt, check_text, make_prompts
+from experiments.coverage.texts import NEEDLE, Prompt, check_text, make_prompts, text_files
 from experiments.store import Record
 from pbs.methods import METHODS, build_method
 
@@ -53,6 +54,8 @@ class CoverageBench(Bench):
         num_rows: queries to measure on, one of each of this many equal stretches; null for all.
     """
 
+    which_samples = ("limit", "lengths", "num_prompts", "layers")
+
     text: str = NEEDLE
     lengths: list[int] = field(default_factory=lambda: [2048, 8192])
     num_prompts: int = 1
@@ -87,6 +90,11 @@ class CoverageBench(Bench):
                 "bench.num_values must be at least 0, and bench.num_rows at least 1 or null for "
                 f"all, got {self.num_values} and {self.num_rows}"
             )
+
+    @classmethod
+    def input_files(cls, settings: Mapping[str, Any]) -> dict[str, Path]:
+        """See the base class."""
+        return text_files("text", settings["text"])
 
     def prepare(self, cfg: RunConfig) -> None:
         """See the base class: the text is there, and the knob takes the values."""
@@ -186,6 +194,7 @@ class CoverageBench(Bench):
                 "sample_id": _id(prompt, call.layer_idx),
                 "prompt": prompt.name,
                 "length": prompt.length,
+                "input_digest": input_digest(prompt.ids),
                 **measure_call(call, settings, heads=self.heads, num_rows=self.num_rows),
                 "seconds": time.perf_counter() - started,
             }

@@ -23,6 +23,12 @@ class Prompt(NamedTuple):
     ids: Tensor
 
 
+def text_files(setting: str, text: str | None) -> dict[str, Path]:
+    """The file that a setting names, by the setting; empty for prompts that are generated."""
+    is_file = text not in (None, NEEDLE, GENERATED) and Path(text).is_file()
+    return {setting: Path(text)} if is_file else {}
+
+
 def check_text(text: str) -> None:
     """Check that there is such a text.
 

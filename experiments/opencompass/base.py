@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from experiments.bench import Bench, Context
 from experiments.config import ConfigError
+from experiments.opencompass.files import MissingDataError, find_folder
+from experiments.run_environments import prefill_times
 from experiments.store import Record, RunStore
 from pbs.registry import unknown
 
@@ -59,6 +61,7 @@ class OpenCompassBench(Bench):
     """
 
     all_tasks: ClassVar[tuple[str, ...]] = ()
+    which_samples = ("limit", "tasks", "fraction")
     # Whether OpenCompass's configs say how long an answer may be.
     states_out_len: ClassVar[bool] = False
 
@@ -93,6 +96,23 @@ class OpenCompassBench(Bench):
         """Whether samples or tasks are left out."""
         is_cut = self.limit is not None or (self.fraction is not None and self.fraction < 1)
         return is_cut or set(self.tasks) != set(self.all_tasks)
+
+    @classmethod
+    def input_files(cls, settings: Mapping[str, Any]) -> dict[str, Path]:
+        """See the base class: what :meth:`data_files` names in ``data_dir``."""
+        if not settings.get("data_dir"):
+            return {}
+        try:
+            folder = find_folder(settings["data_dir"])
+        except MissingDataError:  # said where the data are read
+            return {}
+        found = [folder / name for name in cls.data_files(folder, settings["tasks"])]
+        return {f"data_dir/{path.relative_to(folder)}": path for path in found if path.is_file()}
+
+    @classmethod
+    @abstractmethod
+    def data_files(cls, folder: Path, tasks: Sequence[str]) -> list[str]:
+        """Names of the files in ``data_dir`` that these tasks read."""
 
     @abstractmethod
     def prepare_data(self, cfg: RunConfig) -> None:
@@ -328,7 +348,7 @@ class OpenCompassBench(Bench):
 
 def measure(records: Sequence[Record]) -> dict[str, Any]:
     """Score, density and time of some records; accuracy too if they are right or wrong."""
-    from experiments.statistics import quantiles, wilson_interval
+    from experiments.statistics import wilson_interval
 
     if not records:
         return {"num_samples": 0, "score": None}
@@ -345,15 +365,12 @@ def measure(records: Sequence[Record]) -> dict[str, Any]:
             "accuracy_low": interval.low,
             "accuracy_high": interval.high,
         }
-    times = quantiles([record["prefill_seconds"] for record in records])
     dense_calls: Counter[str] = Counter()
     for record in records:
         dense_calls.update(record["dense_calls"])
     return numbers | {
         "density": mean(record["density"] for record in records),
-        "prefill_seconds": times.median,
-        "prefill_p20": times.p20,
-        "prefill_p80": times.p80,
+        **prefill_times(records),
         "num_input_tokens": sum(record["num_input_tokens"] for record in records),
         "num_output_tokens": sum(record["num_output_tokens"] for record in records),
         "num_truncated": sum(record["is_truncated"] for record in records),

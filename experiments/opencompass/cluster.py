@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 
 from experiments.bench import Context
 from experiments.config import ROOT, ConfigError, RunConfig, parameters
+from experiments.environment import describe_environment
 from experiments.models import LoadedModel, load_model, resolve_path
 from experiments.opencompass.base import OpenCompassBench, Part
 from experiments.opencompass.model import PatchedModel
@@ -80,7 +81,10 @@ def run_parts(
         resolve_path(cfg.model.path), trust_remote_code=cfg.model.trust_remote_code
     )
     for part in parts:
-        answers = RunStore(_worker_folder(folder, part)).samples()
+        worker = RunStore(_worker_folder(folder, part))
+        answers = worker.samples()
+        for environment in reversed(worker.environments().values()):
+            RunStore(folder).write_environment(environment)
         model = AnsweredModel(tokenizer, bench.chat_options, answers, logs.get(part.key))
         bench.attempt(
             part,
@@ -115,9 +119,11 @@ class WorkerModel(PatchedModel):
             loaded, max_seq_len=bench["max_seq_len"], chat_options=bench["chat_options"]
         )
         store = RunStore(_worker_folder(Path(folder), Part(part, {})))
+        environment = describe_environment()
         # Held until this process ends: an orphan of a killed run may still be at it.
         self._lock = store.lock()
         self._lock.__enter__()
+        store.write_environment(environment)
         records = [*RunStore(Path(folder)).samples(), *store.samples()]
         prefix = f"{part}/"
         known = {
@@ -128,7 +134,13 @@ class WorkerModel(PatchedModel):
 
         def add(index: int, record: Record) -> None:
             with store.appending() as appender:
-                appender.append({"sample_id": f"{prefix}{index}", **record})
+                appender.append(
+                    {
+                        "sample_id": f"{prefix}{index}",
+                        "environment": environment["id"],
+                        **record,
+                    }
+                )
 
         self.begin(known, add)
 

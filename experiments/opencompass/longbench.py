@@ -61,6 +61,14 @@ class LongBench(OpenCompassBench):
     max_seq_len: int | None = 131072
     max_out_len: int | None = None
 
+    @classmethod
+    def data_files(cls, folder: Path, tasks: Sequence[str]) -> list[str]:
+        """See the base class: a file per task, or the archive for each where there are none."""
+        names = [f"data/{task}.jsonl" for task in tasks]
+        if (folder / ARCHIVE).is_file() and not any((folder / name).is_file() for name in names):
+            return [ARCHIVE] * len(names)
+        return names
+
     def prepare_data(self, cfg: RunConfig) -> None:  # noqa: ARG002 - the files are not the model's
         """See the base class."""
         if self.data_dir is None:
@@ -68,10 +76,8 @@ class LongBench(OpenCompassBench):
             self._paths = dict.fromkeys(self.tasks, path)
             return
         folder = find_folder(self.data_dir)
-        self._paths = {task: folder / "data" / f"{task}.jsonl" for task in self.tasks}
-        archive = folder / ARCHIVE
-        if archive.is_file() and not any(path.is_file() for path in self._paths.values()):
-            self._paths = dict.fromkeys(self.tasks, archive)
+        files = self.data_files(folder, self.tasks)
+        self._paths = {task: folder / name for task, name in zip(self.tasks, files, strict=True)}
         require(list(self._paths.values()), advice=ADVICE)
 
     def parts(self) -> list[Part]:

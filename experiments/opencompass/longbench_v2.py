@@ -53,6 +53,11 @@ class LongBenchV2(OpenCompassBench):
     tasks: list[str] = field(default_factory=lambda: ["longbench_v2"])
     max_out_len: int | None = 2048
 
+    @classmethod
+    def data_files(cls, folder: Path, tasks: Sequence[str]) -> list[str]:  # noqa: ARG003
+        """See the base class."""
+        return [FILE]
+
     def prepare_data(self, cfg: RunConfig) -> None:  # noqa: ARG002 - the file is not the model's
         """See the base class."""
         if self.data_dir is None:

@@ -23,6 +23,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from experiments.content import input_digest
 from experiments.models import LoadedModel
 from experiments.needle import NOT_FINITE
 from experiments.opencompass.truncation import cut_middle, prompt_limit
@@ -144,6 +145,7 @@ class PatchedModel(BaseModel):
         return {
             "num_prompt_tokens": len(whole),
             "num_input_tokens": len(kept),
+            "input_digest": input_digest(kept),
             "num_output_tokens": len(answer),
             "is_truncated": len(kept) < len(whole),
             "completion": self._decode(answer),

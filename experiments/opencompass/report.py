@@ -15,22 +15,24 @@ from experiments.store import RunStore, write_atomically
 FAILED = "failed"
 
 
-def report_scores(group: Path, cells: Sequence[Path]) -> None:
+def report_scores(group: Path, cells: Sequence[Path], everything: Sequence[Path]) -> None:
     """Print and write both tables; nothing for benches without scores.
 
     Writes ``scores.csv``, ``scores.md``, ``published.csv`` and ``published.md`` into the folder.
 
     Args:
         group: folder ``<outputs>/<bench>/<model>``.
-        cells: run folders in it.
+        cells: run folders in it, whose scores are printed.
+        everything: run folders in it, whose scores are written.
     """
     scores = tabulate_scores(cells)
     if scores.empty:
         return
     text = format_scores(scores)
+    scores = tabulate_scores(everything)
     published = compare_published(group)
     write_atomically(group / "scores.csv", scores.to_csv())
-    write_atomically(group / "scores.md", text + "\n")
+    write_atomically(group / "scores.md", format_scores(scores) + "\n")
     if len(published):
         comparison = format_published(published)
         write_atomically(group / "published.csv", published.to_csv(index=False))

@@ -64,6 +64,7 @@ class Ruler(OpenCompassBench):
     """
 
     all_tasks: ClassVar[tuple[str, ...]] = tuple(TASKS)
+    which_samples = ("limit", "tasks", "fraction", "lengths", "num_samples")
 
     tasks: list[str] = field(default_factory=lambda: list(TASKS))
     lengths: list[int] = field(default_factory=lambda: list(LENGTHS))
@@ -87,15 +88,22 @@ class Ruler(OpenCompassBench):
         is_standard = self.num_samples >= NUM_SAMPLES and set(self.lengths) == set(LENGTHS)
         return super().is_partial or not is_standard
 
+    @classmethod
+    def data_files(cls, folder: Path, tasks: Sequence[str]) -> list[str]:  # noqa: ARG003
+        """See the base class."""
+        return sorted({TASKS[task] for task in tasks} - {None})
+
     def prepare_data(self, cfg: RunConfig) -> None:
         """See the base class; also that no length is more than the model takes, if that is set."""
         if cfg.model.max_length is not None:
             self._check_lengths(cfg.model.max_length)
-        files = sorted({TASKS[task] for task in self.tasks} - {None})
+        folder = Path("DIR")
+        files = self.data_files(folder, self.tasks)
         if not files:
             self._folder = None
             return
-        folder = find_folder(self.data_dir) if self.data_dir else Path("DIR")
+        if self.data_dir:
+            folder = find_folder(self.data_dir)
         require([folder / file for file in files], advice=ADVICE)
         self._folder = folder
 

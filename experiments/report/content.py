@@ -19,7 +19,7 @@ from experiments.report.runs import Group, Results
 from experiments.report.times import Times, all_times, break_even_table, timing_table
 
 # What a run's environment may differ in without being another environment.
-VARYING = ("time", "resumed_from")
+VARYING = ("time", "resumed_from", "earlier")
 # Pictures of commands over all runs that the report draws itself.
 DRAWN_ANEW = ("accuracy_density.png", "coverage_density.png")
 

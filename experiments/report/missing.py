@@ -65,7 +65,7 @@ def _gaps(group: Group) -> Iterator[Gap]:
     """Dense attention, and the methods that others of the group could be compared with."""
     run = group.runs[0]
     command = dense_command(run.cfg, run.metrics.get("overrides") or [])
-    if group.dense is None and group.has_answers:
+    if group.has_answers and any(row.get("dense_command") for row in group.rows):
         yield {
             "what": f"dense attention in {group.title}",
             "why": "without it no difference and no speed-up can be given",

@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.config import ROOT, ModelConfig, RunConfig
+from experiments.pairing import pair_records
 from experiments.report.runs import Results
 from experiments.statistics import compare_paired
 from experiments.store import Record
@@ -191,23 +192,23 @@ def compare_with_runs(records: Sequence[Record], results: Results) -> pd.DataFra
         A row per run with a common sample: accuracies on the common samples and the difference
         (ours minus theirs, points) with its 95 % interval. Without such runs a sentence.
     """
-    ours = {record["sample_id"]: record["correct"] for record in records}
     rows: list[dict[str, Any]] = []
     for group in results.of("needle"):
         if group.model != EMBEDDED.name:
             continue
         for run in group.runs:
-            theirs = {record["sample_id"]: record["correct"] for record in run.samples()}
-            common = ours.keys() & theirs.keys()
-            if not common:
+            pairs = pair_records(records, run.samples())
+            if not pairs.ours:
                 continue
-            paired = compare_paired(ours, theirs, partial=True)
+            ours = {record["sample_id"]: record["correct"] for record in pairs.ours}
+            theirs = {record["sample_id"]: record["correct"] for record in pairs.theirs}
+            paired = compare_paired(ours, theirs)
             rows.append(
                 {
                     "finished run": run.label,
                     "pairs": paired.num_pairs,
-                    "ours, %": 100 * sum(ours[name] for name in common) / len(common),
-                    "theirs, %": 100 * sum(theirs[name] for name in common) / len(common),
+                    "ours, %": 100 * sum(ours.values()) / len(ours),
+                    "theirs, %": 100 * sum(theirs.values()) / len(theirs),
                     "difference, points": 100 * paired.difference,
                     "low": 100 * paired.low,
                     "high": 100 * paired.high,

@@ -12,15 +12,12 @@ from typing import Any
 import yaml
 
 from experiments.bench import BENCHES
-from experiments.compare import config_of
-from experiments.config import DENSE, RunConfig
+from experiments.compare import READ_ERRORS, config_of, is_plain_dense
+from experiments.config import RunConfig
 from experiments.pictures.looks import LOOKS
 from experiments.results import find_runs
 from experiments.store import Record, RunStore
 from experiments.table import Row, flatten_settings, make_rows, times_dense
-
-# What a folder that something else wrote, or cut short, can raise while it is read.
-READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError)
 
 
 @dataclass(frozen=True)
@@ -113,8 +110,8 @@ class Group:
 
     @property
     def dense(self) -> Run | None:
-        """The run of dense attention."""
-        return next((run for run in self.runs if run.method == DENSE), None)
+        """The plain run of dense attention on just these samples."""
+        return next((run for run in self.runs if is_plain_dense(run.cfg.method)), None)
 
 
 @dataclass(frozen=True)
@@ -211,7 +208,7 @@ def _make_group(
     known = {name: index for index, name in enumerate(LOOKS)}
     runs = sorted(members, key=lambda run: (known.get(run.method, len(known)), run.label))
     try:
-        rows = make_rows([run.folder for run in runs])
+        rows = make_rows([run.folder for run in runs], adds_dense=False)
     except READ_ERRORS as error:
         reason = f"{type(error).__name__}: {error}"
         problems += [Problem(run.folder, "broken", reason) for run in runs]

@@ -115,7 +115,7 @@ def winners(group: Group) -> pd.DataFrame | str:
             continue
         best = sparse.iloc[0]
         lower = sparse.loc[sparse["value"] < best["value"], "value"]
-        dense = cell.loc[cell["method"] == DENSE, "value"]
+        dense = cell.loc[cell["label"] == DENSE, "value"]  # the plain one
         rows.append(
             {
                 **dict(zip(keys, names, strict=True)),

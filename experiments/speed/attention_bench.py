@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from experiments.bench import Bench, Context
+from experiments.content import input_digest
+from experiments.coverage.texts import text_files
 from experiments.speed.timing_report import (
     draw_speed_up,
     failures_of,
@@ -103,6 +105,11 @@ class AttentionBench(Bench):
         """See the base class: only inputs captured from a model depend on it."""
         return settings.get("structure") == "model"
 
+    @classmethod
+    def input_files(cls, settings: Mapping[str, Any]) -> dict[str, Path]:
+        """See the base class: only captured inputs begin with a text."""
+        return text_files("text", settings["text"]) if cls.uses_model(settings) else {}
+
     def grid(self, shapes: Sequence[str]) -> list[tuple[str, int, float | None]]:
         """Shape, length and density of every cell, short ones first."""
         cells = []
@@ -153,6 +160,9 @@ class AttentionBench(Bench):
                 inputs=None if inputs is None else [inputs],
                 coverage_rows=self.coverage_rows,
             )
+            # Drawn inputs are what draws them.
+            seen = (str(cell),) if inputs is None else inputs
+            record["input_digest"] = input_digest(*seen)
             record["rates"] = rates.name
             record["seconds"] = time.perf_counter() - started
             context.add({"sample_id": name, **record})

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from experiments.bench import Bench, Context
 from experiments.config import ConfigError
+from experiments.content import input_digest
+from experiments.coverage.texts import text_files
 from experiments.speed.timing_report import (
     draw_speed_up,
     failures_of,
@@ -71,6 +73,11 @@ class TtftBench(Bench):
         if self.num_texts < 1:
             raise ValueError(f"bench.num_texts must be at least 1, got {self.num_texts}")
 
+    @classmethod
+    def input_files(cls, settings: Mapping[str, Any]) -> dict[str, Path]:
+        """See the base class."""
+        return text_files("texts", settings["texts"])
+
     def run(self, context: Context) -> None:
         """See the base class."""
         from experiments.compare import describe
@@ -91,15 +98,17 @@ class TtftBench(Bench):
             if f"N{length}" in context.done:
                 continue
             started = time.perf_counter()
+            prompts = self._prompts(model, length, cfg.seed)
             record = measure_prefill(
                 model.model,
-                self._prompts(model, length, cfg.seed),
+                prompts,
                 {describe(cfg.method): context.method},
                 list(dense_kernels(model.device, self.dense)),
                 effort=Effort(self.seconds, *self.rounds(is_shared=cfg.model.tp)),
                 density=None if self.densities is None else self.densities[index],
                 rates=rates,
             )
+            record["input_digest"] = input_digest(*prompts)
             record["rates"] = rates.name
             record["seconds"] = time.perf_counter() - started
             context.add({"sample_id": f"N{length}", "weights": cfg.model.weights, **record})

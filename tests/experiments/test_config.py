@@ -1,6 +1,8 @@
 """Every file in conf composes, settings are typed, and equal settings have equal hashes."""
 
+import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from hydra.errors import ConfigCompositionException
@@ -203,13 +205,81 @@ def test_a_schema_has_the_fields_of_its_class():
 
 
 def test_another_checkpoint_under_the_same_path_is_another_run(tmp_path):
-    from experiments.config import checkpoint_digest
+    from experiments.content import checkpoint_files
 
-    assert checkpoint_digest("some/hub-name") is None
+    assert checkpoint_files("some/hub-name") is None
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "own" / "__pycache__").mkdir(parents=True)
+    code = tmp_path / "own" / "modeling.py"
+    code.write_text("a = 1")
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"a" * (3 << 20))
-    first = checkpoint_digest(str(tmp_path))
-    assert first == checkpoint_digest(str(tmp_path))
-    weights.write_bytes(b"a" * ((3 << 20) - 1) + b"b")
-    assert checkpoint_digest(str(tmp_path)) != first
+    first = checkpoint_files(str(tmp_path))
+    assert set(first) == {"config.json", "model.safetensors", "own/modeling.py"}
+    (tmp_path / "README.md").write_text("text for people")
+    (tmp_path / "own" / "__pycache__" / "modeling.py").touch()
+    assert first == checkpoint_files(str(tmp_path))
+    with weights.open("r+b") as file:  # in the middle
+        file.seek((3 << 19) + 5)
+        file.write(b"b")
+    second = checkpoint_files(str(tmp_path))
+    assert [name for name in first if first[name] != second[name]] == ["model.safetensors"]
+    code.write_text("a = 2")
+    third = checkpoint_files(str(tmp_path))
+    assert [name for name in first if second[name] != third[name]] == ["own/modeling.py"]
+    assert "model.safetensors" not in checkpoint_files(str(tmp_path), has_weights=False)
+
+
+@pytest.fixture
+def checkpoint(tmp_path, project):
+    return Path(shutil.copytree(project / "experiments" / "tiny", tmp_path / "ck"))
+
+
+def test_one_checkpoint_is_one_run_however_its_path_is_spelled(
+    compose_cell, checkpoint, monkeypatch
+):
+    monkeypatch.chdir(checkpoint.parent)
+    plain = cell(compose_cell, "model=hf", "model.path=ck", "bench=needle")
+    for spelling in ("ck/", "./ck", str(checkpoint), "ck/../ck"):
+        other = cell(compose_cell, "model=hf", f"model.path={spelling}", "bench=needle")
+        assert (other.hash, other.folder) == (plain.hash, plain.folder), spelling
+    assert plain.model_name == "ck"
+    monkeypatch.chdir(checkpoint)
+    assert cell(compose_cell, "model=hf", "model.path=.", "bench=needle").folder == plain.folder
+    (checkpoint / "chat_template.jinja").write_text("other")
+    assert cell(compose_cell, "model=hf", "model.path=.", "bench=needle").hash != plain.hash
+
+
+def test_the_identity_of_older_runs_with_a_local_checkpoint_stays():
+    tiny = {"path": "experiments/tiny", "name": "tiny", "checkpoint": "0123456789ab"}
+    cfg = RunConfig(ModelConfig(**tiny), {"name": "pbs", "threshold": 0.9}, {"name": "needle"})
+    assert cfg.hash == "d9599162cc23"
+
+
+def test_an_edited_text_is_another_run_and_its_place_is_not(compose_cell, tmp_path):
+    text = tmp_path / "a" / "text.txt"
+    text.parent.mkdir()
+    text.write_text("one")
+    words = ("method=pbs", "bench=coverage", "model=tiny")
+    first = cell(compose_cell, *words, f"bench.text={text}")
+    assert set(first.inputs) == {"bench.text"}
+    assert RunConfig.from_dict(first.to_dict()).hash == first.hash
+    moved = shutil.copytree(text.parent, tmp_path / "b") / "text.txt"
+    assert cell(compose_cell, *words, f"bench.text={moved}").hash == first.hash
+    text.write_text("two")
+    second = cell(compose_cell, *words, f"bench.text={text}")
+    assert second.hash != first.hash
+    assert second.sample_set != first.sample_set
+    assert second.identity_without_content == first.identity_without_content
+    assert cell(compose_cell, *words).inputs is None
+
+
+def test_a_methods_own_file_is_part_of_the_run_and_not_of_the_samples(compose_cell, tmp_path):
+    heads = tmp_path / "heads.json"
+    heads.write_text("[]")
+    words = ("method=minference", f"method.config_path={heads}")
+    first = cell(compose_cell, *words)
+    heads.write_text("[{}]")
+    second = cell(compose_cell, *words)
+    assert first.hash != second.hash
+    assert first.sample_set == second.sample_set

@@ -297,3 +297,29 @@ def test_dense_attention_has_no_maps(measure, capsys):
     folder = measure("method=flash").folder
     assert attention_gallery.main([str(folder), "--tokens", "400"]) == 0
     assert "computes everything here" in capsys.readouterr().out
+
+
+def test_a_run_whose_text_changed_is_not_called_finished(measure, tmp_path, caplog):
+    text = tmp_path / "text.txt"
+    text.write_text("a long story about many things " * 400)
+    words = ("method=meanpool", f"bench.text={text}", "bench.num_values=0")
+    first = measure(*words)
+    text.write_text("another story about other things " * 400)
+    caplog.clear()
+    second = measure(*words)
+    assert second.folder != first.folder
+    assert "nothing to do" not in caplog.text
+    assert (
+        "an earlier run of these settings read other files (bench.text changed since) and stays "
+        f"apart: {first.folder}"
+    ) in caplog.text
+    digests = [{record["input_digest"] for record in store.samples()} for store in (first, second)]
+    assert digests[0].isdisjoint(digests[1])
+    # Elsewhere, with the same content, it is the same run.
+    text.rename(tmp_path / "elsewhere.txt")
+    (tmp_path / "other").mkdir()
+    moved = (tmp_path / "elsewhere.txt").rename(tmp_path / "other" / "text.txt")
+    caplog.clear()
+    words = ("method=meanpool", f"bench.text={moved}", "bench.num_values=0")
+    assert measure(*words).folder == second.folder
+    assert "nothing to do" in caplog.text

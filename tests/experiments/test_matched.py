@@ -164,6 +164,19 @@ def test_the_same_command_again_tries_nothing(run, monkeypatch):
     assert method["n_init"] == method["n_local"] // 4
 
 
+def test_trials_of_two_environments_are_told(run, caplog):
+    words = ("method=streaming", *MATCH)
+    store = run(*words, "match.target=0.6")
+    (path,) = store.folder.parent.glob(".calibration/*/samples.jsonl")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(len(record["input_digests"]) == len(record["prompts"]) for record in records)
+    records[0]["environment"] = "another"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    caplog.clear()
+    run(*words, "match.target=0.6")
+    assert "were tried in 2 environments; resume=false tries all again" in caplog.text
+
+
 def test_targets_share_what_was_tried(run, monkeypatch):
     tried = []
     measure = matched._measure

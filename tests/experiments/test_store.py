@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from experiments.run_environments import environment_id
 from experiments.store import RunStore, remove_scratch, to_json
 
 
@@ -85,7 +86,33 @@ def test_a_resumed_run_keeps_the_environment_of_its_first_samples(store):
     append(store, "a")
     store.write_environment({"commit": "b"})
     env = json.loads((store.folder / "env.json").read_text())
-    assert env == {"commit": "b", "resumed_from": {"commit": "a"}}
+    first, latest = environment_id({"commit": "a"}), environment_id({"commit": "b"})
+    assert env == {"commit": "b", "earlier": {first: {"commit": "a"}}}
+    assert list(store.environments()) == [latest, first]
+    store.write_environment({"commit": "a"})  # and back
+    assert list(store.environments()) == [first, latest]
+
+
+def test_environments_of_older_files_are_read(store):
+    append(store, "a")
+    old = {"commit": "b", "resumed_from": {"commit": "a"}}
+    (store.folder / "env.json").write_text(json.dumps(old))
+    names = [environment_id({"commit": name}) for name in "bac"]
+    assert list(store.environments()) == names[:2]
+    store.write_environment({"commit": "c"})
+    assert list(store.environments()) == [names[2], *names[:2]]
+
+
+def test_metrics_that_do_not_belong_to_the_samples_read_as_broken(store):
+    append(store, "a")
+    store.write_metrics({"status": "failed", "samples_digest": store.samples_digest()})
+    assert store.metrics()["status"] == "failed"
+    append(store, "b")
+    broken = store.metrics()
+    assert (broken["status"], broken["error"]["type"]) == ("broken", "SamplesChanged")
+    assert "resume=false, which measures everything again" in broken["error"]["message"]
+    store.samples_path.unlink()
+    assert store.metrics()["status"] == "broken"
 
 
 def hold(store, started, seconds):

@@ -98,7 +98,7 @@ def test_a_failing_task_is_recorded_and_the_others_go_on(run_longbench, monkeypa
     assert store.metrics()["status"] == "finished"
 
 
-def test_changed_data_do_not_mix_with_earlier_answers(run_bench, tmp_path):
+def test_changed_data_do_not_mix_with_earlier_answers(run_bench, tmp_path, caplog):
     source = LONGBENCH / "data" / "hotpotqa.jsonl"
     copy = tmp_path / "data" / "hotpotqa.jsonl"
     copy.parent.mkdir()
@@ -108,16 +108,64 @@ def test_changed_data_do_not_mix_with_earlier_answers(run_bench, tmp_path):
     store = run_bench(*words)
     store.metrics_path.unlink()
     copy.write_text(source.read_text().replace("emblem", "flag"))
-    metrics = run_bench(*words).metrics()
+    again = run_bench(*words)
+    assert again.metrics()["status"] == "finished"
+    assert again.folder != store.folder
+    assert "bench.data_dir/data/hotpotqa.jsonl changed since" in caplog.text
+
+
+def test_an_earlier_answer_to_another_prompt_is_refused(run_longbench):
+    """Of files that have no digest in the settings, such as the hub's."""
+    store = run_longbench("method=flash")
+    records = store.samples()
+    records[0]["prompt"] = "0123456789abcdef"
+    store.samples_path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    store.metrics_path.unlink()
+    metrics = run_longbench("method=flash").metrics()
     assert "was answered for another prompt" in metrics["error"]["message"]
-    assert run_bench(*words, "resume=false").metrics()["status"] == "finished"
+    assert run_longbench("method=flash", "resume=false").metrics()["status"] == "finished"
+
+
+def test_samples_of_an_edited_file_are_not_paired(run_bench, tmp_path):
+    lines = (LONGBENCH / "data" / "trec.jsonl").read_text().splitlines(keepends=True)
+    copy = tmp_path / "data" / "trec.jsonl"
+    copy.parent.mkdir()
+    copy.write_text("".join(lines))
+    words = ["bench=longbench", f"bench.data_dir={tmp_path}", "bench.tasks=[trec]",
+             "bench.limit=2", "bench.max_out_len=2"]  # fmt: skip
+    dense = run_bench(*words, "method=flash")
+    row = json.loads(lines[1])
+    row["context"] = f"Something else. {row['context']}"
+    copy.write_text(lines[0] + json.dumps(row) + "\n" + "".join(lines[2:]))
+    sparse = run_bench(*words, "method=pbs")
+    paired = sparse.metrics()["against_dense"]
+    assert (paired["hash"], paired["num_pairs"]) == (dense.folder.name, 1)
+    assert (paired["num_differing"], paired["differing"]) == (1, ["trec/1"])
+    # Another right answer to the same prompt is another sample, too.
+    row = json.loads(lines[0])
+    row["answers"] = ["something else"]
+    copy.write_text(json.dumps(row) + "\n" + "".join(lines[1:]))
+    paired = run_bench(*words, "method=pbs").metrics()["against_dense"]
+    assert (paired["num_pairs"], paired["differing"]) == (1, ["trec/0"])
+
+
+def test_a_part_of_the_tasks_pairs_with_a_dense_run_of_all(run_longbench):
+    dense = run_longbench("method=flash")
+    part = run_longbench("method=pbs", tasks="trec")
+    paired = part.metrics()["against_dense"]
+    assert (paired["hash"], paired["num_pairs"], paired["num_unpaired"]) == (
+        dense.folder.name, 2, 0,
+    )  # fmt: skip
+    # Longer answers are other samples, whatever the prompt.
+    assert run_longbench("method=pbs", "bench.max_out_len=5").metrics()["against_dense"] is None
 
 
 def test_a_run_is_paired_with_dense_and_names_the_samples_that_moved(run_longbench, monkeypatch):
     dense = run_longbench("method=flash")
-    records = dense.samples()
+    dense_metrics, records = dense.metrics(), dense.samples()
     records[0]["score"], records[3]["score"] = 50.0, 100.0
     dense.samples_path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    dense.write_metrics({**dense_metrics, "samples_digest": dense.samples_digest()})
     store = run_longbench("method=pbs")
     paired = store.metrics()["against_dense"]
     assert paired["hash"] == dense.folder.name

@@ -62,11 +62,18 @@ def drop_hash(folder):
     change_metrics(folder, hash=None)
 
 
+def edit_a_sample(folder):
+    text = (folder / "samples.jsonl").read_text()
+    (folder / "samples.jsonl").write_text(text.replace("true", "false").replace(": 1,", ": 2,"))
+
+
 def drop_samples(folder):
+    change_metrics(folder, samples_digest=None)  # as of an older run
     (folder / "samples.jsonl").unlink()
 
 
 def drop_a_sample(folder):
+    change_metrics(folder, samples_digest=None)
     lines = (folder / "samples.jsonl").read_text().splitlines(keepends=True)
     (folder / "samples.jsonl").write_text("".join(lines[:-1]))
 
@@ -89,6 +96,7 @@ def rename_the_folder(folder):
     ("spoil", "reason"),
     [
         (drop_hash, "no config hash"),
+        (edit_a_sample, "metrics.json was written for other samples than those in samples.jsonl"),
         (drop_samples, "samples.jsonl with the raw samples is missing"),
         (drop_a_sample, "speaks of 4 samples, samples.jsonl has 3"),
         (raise_the_score, "accuracy is 0.999 in metrics.json"),

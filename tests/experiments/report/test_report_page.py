@@ -114,13 +114,21 @@ def test_runs_that_cannot_be_read_are_named_and_the_rest_stands(own_outputs, tmp
     flash = next(path for path in (needle / "flash").iterdir() if (path / "metrics.json").exists())
     shutil.copytree(flash, needle / "flash" / "broken")
     (needle / "flash" / "broken" / "samples.jsonl").write_text("{\n{\n")
+    metrics = json.loads((flash / "metrics.json").read_text())
+    del metrics["samples_digest"]  # as of an older run, whose samples nothing vouches for
+    (needle / "flash" / "broken" / "metrics.json").write_text(json.dumps(metrics))
+    pbs = sorted((needle / "pbs").iterdir())
+    shutil.copytree(pbs[0], needle / "pbs" / "edited")
+    with (needle / "pbs" / "edited" / "samples.jsonl").open("a") as file:
+        file.write('{"sample_id": "one more", "correct": true}\n')
     _, page, _ = write(own_outputs, tmp_path)
     assert "interrupted: " in capsys.readouterr().out
     assert "unknown bench &#39;riddles&#39;" in page
     assert "line 1 is broken" in page
+    assert "was written for other samples than those in samples.jsonl" in page
     results = read_results(own_outputs)
     assert sorted(problem.status for problem in results.problems) == [
-        *("broken", "broken", "interrupted"),
+        *("broken", "broken", "broken", "interrupted"),
     ]
     assert [run.method for run in results.of("needle")[0].runs] == ["flash", "pbs", "pbs"]
 

@@ -45,7 +45,8 @@ def test_another_seed_is_another_group_and_says_so(own_outputs):
     flash = own_outputs / "needle" / "tiny" / "flash"
     interrupted = next(path for path in flash.iterdir() if not (path / "metrics.json").exists())
     finished = next(path for path in flash.iterdir() if (path / "metrics.json").exists())
-    shutil.copy(finished / "metrics.json", interrupted)
+    for name in ("metrics.json", "samples.jsonl"):
+        shutil.copy(finished / name, interrupted)
     assert [group.note for group in read_results(own_outputs).of("needle")] == ["seed=0", "seed=1"]
 
 
