@@ -245,7 +245,8 @@ def reading_notes(rows: Sequence[Row]) -> list[str]:
             f"speed-up: over {' or '.join(over)}, the fastest dense run of the same device and "
             "environment that timed the same samples"
         )
-    if len({row["sample_set"] for row in rows if row.get("num_samples")}) > 1:
+    answering = [row for row in rows if row.get("num_samples") and not row.get("is_timing")]
+    if len({row["sample_set"] for row in answering}) > 1:
         notes.append(
             "the rows are of different samples: compare accuracies through the difference to dense"
         )
@@ -272,7 +273,7 @@ def _remarks(row: Row) -> list[str]:
             f"its samples come from {row['num_environments']} environments (env.json; each sample "
             "names its own)"
         )
-    if row.get("no_time"):
+    if row.get("no_time") and not row.get("is_timing"):  # timing_notes says it there
         texts.append(f"no time: {row['no_time']}")
     elif row.get("no_speed_up"):
         texts.append(f"no speed-up: {row['no_speed_up']}")

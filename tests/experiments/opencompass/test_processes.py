@@ -80,6 +80,8 @@ def test_two_local_workers_give_what_one_process_gives(run_bench, tmp_path, monk
     store = run_bench(*words, "runner=local", "runner.workers=2")
     assert store.metrics()["status"] == "finished"
     spread = store.samples()
+    # Each worker says where it answered, and the run's env.json knows it.
+    assert {record["environment"] for record in spread} <= set(store.environments())
     assert not list(store.folder.glob("workers/*"))
     assert {path.name for path in tmp_path.iterdir()} == {"outputs"}
     run_bench(*words, "resume=false")
