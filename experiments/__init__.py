@@ -1,1 +1,5 @@
 """Experiments: the runner, its benches, results, statistics and pictures."""
+
+from experiments.openmp import limit_spinning
+
+limit_spinning()
