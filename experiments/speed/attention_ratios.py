@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from experiments.speed.attention_inputs import Cell, Record
 from experiments.speed.cost_model import Rates, Work, dense_flops, floor_ms, method_cost
 from experiments.speed.counted_methods import counted_settings
+from experiments.speed.samples import add_speed_ups
 from pbs.methods.base import AttentionMethod
 
 
@@ -18,23 +19,18 @@ def add_ratios(
 ) -> None:
     """What follows from times and counts: TFLOP/s, speed-ups, shares, floors."""
     flops = dense_flops(cell.shape, cell.length)
+    add_speed_ups(record)
+    fastest = record["fastest_dense"]
     known = {name: e for name, e in record["dense"].items() if e["median_ms"] is not None}
-    for name, entry in known.items():
+    for entry in known.values():
         entry["tflops"] = flops / entry["median_ms"] / 1e9
         if rates is not None:
             work = method_cost("flash", cell.shape, cell.length)
             entry["floor_ms"] = floor_ms(work, rates)
-        entry["is_fastest"] = name == min(known, key=lambda n: known[n]["median_ms"])
-    fastest = next((name for name, entry in known.items() if entry["is_fastest"]), None)
-    record["fastest_dense"] = fastest
     record["input_bytes"] = cell.shape.input_bytes(cell.length)
     for label, entry in record["methods"].items():
         if entry["median_ms"] is None:
             continue
-        entry["speed_up"] = {
-            name: dense["median_ms"] / entry["median_ms"] for name, dense in known.items()
-        }
-        entry["speed_up_over_fastest"] = entry["speed_up"].get(fastest) if fastest else None
         if entry.get("peak_bytes") is not None:
             entry["peak_over_inputs"] = entry["peak_bytes"] / record["input_bytes"]
         if "stages_ms" in entry and entry["stages_ms"]["attention"] > 0:

@@ -23,6 +23,7 @@ from experiments.device_memory import (
     release_memory,
 )
 from experiments.length_plan import lack_of_memory
+from experiments.load import LoadMeter
 from experiments.speed.attention_inputs import Cell, Inputs, Record, draw_sets
 from experiments.speed.attention_ratios import add_ratios
 from experiments.speed.controlled_density import ControlledDensity
@@ -54,7 +55,7 @@ def measure_cell(
     methods: Mapping[str, AttentionMethod],
     dense: Mapping[str, DenseKernel],
     *,
-    effort: Effort,
+    effort: Effort | None,
     rates: Rates | None = None,
     inputs: Sequence[Inputs] | None = None,
     coverage_rows: int = 64,
@@ -69,7 +70,7 @@ def measure_cell(
         cell: what.
         methods: by label; with ``cell.density`` each is wrapped in :class:`ControlledDensity`.
         dense: from :func:`experiments.speed.dense_kernels.dense_kernels`.
-        effort: how long to time, all variants together.
+        effort: how long to time, all variants together; None checks and takes no times.
         rates: of the device, for floors.
         inputs: sets of q, k, v to use instead of drawn ones; calls take turns over the sets.
         coverage_rows: queries to measure coverage on; 0 leaves it out.
@@ -79,9 +80,10 @@ def measure_cell(
         memory: bytes the device has; what needs more is not tried. Default: as the system says.
 
     Returns:
-        ``Cell.describe`` and "dense" and "methods": by name, times with all samples, error,
-        peak memory, TFLOP/s; methods also with stages, density, coverage, speed-ups and floors.
-        A cell for which memory does not even hold the inputs has a "failure".
+        ``Cell.describe``, "load" (see :mod:`experiments.load`) and "dense" and "methods": by name,
+        times of the device and of a caller who waits, with all samples, error, peak memory,
+        TFLOP/s; methods also with stages, density, coverage, speed-ups and floors. A cell for which
+        memory does not even hold the inputs has a "failure".
     """
     record: Record = cell.describe()
     if cell.density is not None:
@@ -119,26 +121,36 @@ def measure_cell(
         for name, run in runs.items()
         if not isinstance(facts[name], Failure)
     }
-    expected = sum(f["first_ms"] for f in facts.values() if not isinstance(f, Failure)) / 1e3
-    times = time_interleaved(
-        timed, device=cell.device, effort=effort, seconds_per_round=expected, holds=True
-    )
+    times: Mapping[str, Timing | Failure] = {}
+    if effort is not None:
+        meter = LoadMeter()
+        earlier = {name: facts[name]["first_ms"] for name in timed}
+        times = time_interleaved(
+            timed, device=cell.device, effort=effort, earlier_ms=earlier, holds=True
+        )
+        record["load"] = meter.lap()
     for kind in ("dense", "methods"):
         record[kind] = {}
     for name in runs:
         kind, _, label = name.partition(" ")
-        found = facts[name]
-        time = found if isinstance(found, Failure) else times[name]
-        entry = {**time.to_dict(), **({} if isinstance(found, Failure) else found)}
+        entry = _entry(facts[name], times.get(name))
         record["dense" if kind == "dense" else "methods"][label] = entry
-    for label, method in methods.items():
-        entry = record["methods"][label]
-        if stage_rounds and entry["median_ms"] is not None and not entry["dense_reason"]:
-            entry |= _stages(method, sets, cell, stage_rounds)
-    add_ratios(record, cell, methods, rates)
+    if effort is not None:
+        for label, method in methods.items():
+            entry = record["methods"][label]
+            if stage_rounds and entry["median_ms"] is not None and not entry["dense_reason"]:
+                entry |= _stages(method, sets, cell, stage_rounds)
+        add_ratios(record, cell, methods, rates)
     del sets
     release_memory()
     return record
+
+
+def _entry(found: Record | Failure, time: Timing | Failure | None) -> Record:
+    """A variant's times and what its examination found; only the failure if there is one."""
+    if isinstance(found, Failure):
+        return found.to_dict()
+    return {**({} if time is None else time.to_dict()), **found}
 
 
 @dataclass(frozen=True)
@@ -188,7 +200,8 @@ def _examine(
         if run.method is not None:
             run.method.recorder = None
         if first_ms < 1e3 * LONG_ROUND or has_compiled:
-            # The first call may have compiled, and tuned on copies of its arguments.
+            # The first call may have compiled, and tuned on copies of its arguments; the memory of
+            # such a call is not that of the method.
             _, first_ms, peak, _ = _call_once(run, cell, inputs)
         found |= {"peak_bytes": peak, "first_ms": first_ms}
     except VARIANT_ERRORS as error:
@@ -280,6 +293,7 @@ def _stages(method: AttentionMethod, sets: Sequence[Inputs], cell: Cell, num_rou
     return {
         "stages_ms": {name: medians.get(name, 0.0) for name in STAGES}
         | {name: value for name, value in medians.items() if name not in STAGES},
+        "num_stage_samples": num_rounds,
         "stage_samples_ms": samples,
     }
 

@@ -16,6 +16,7 @@ from experiments.ranks import num_ranks
 from experiments.speed.cost_model import Rates, floor_ms
 from experiments.speed.counted_methods import counted_settings, least_density
 from experiments.speed.model_cost import Architecture, model_memory, prefill_cost
+from experiments.speed.samples import add_speed_ups
 from pbs.methods import AttentionMethod
 
 Record = dict[str, Any]
@@ -55,9 +56,8 @@ def add_prefill_ratios(
     rates: Rates | None,
 ) -> None:
     """Add speed-ups over each dense kernel, and floors where rates and architecture are known."""
+    add_speed_ups(record)
     known = {name: e for name, e in record["dense"].items() if e["median_ms"] is not None}
-    fastest = min(known, key=lambda name: known[name]["median_ms"]) if known else None
-    record["fastest_dense"] = fastest
     can_count = rates is not None and architecture is not None
     for entry in known.values() if can_count else ():
         work = prefill_cost(architecture, record["length"])
@@ -65,10 +65,6 @@ def add_prefill_ratios(
     for label, entry in record["methods"].items():
         if entry["median_ms"] is None:
             continue
-        entry["speed_up"] = {
-            name: dense["median_ms"] / entry["median_ms"] for name, dense in known.items()
-        }
-        entry["speed_up_over_fastest"] = entry["speed_up"].get(fastest) if fastest else None
         # So that both levels have the same columns.
         entry["dense_reason"] = "" if entry["num_sparse_layers"] else "no layer ran sparse"
         ran_dense = not entry["num_sparse_layers"]

@@ -21,6 +21,7 @@ from experiments.device_memory import (
     poisoned_memory,
     release_memory,
 )
+from experiments.load import LoadMeter
 from experiments.ranks import gather_over_ranks, is_shared, mean_over_ranks, num_ranks, rank
 from experiments.speed.controlled_density import ControlledDensity
 from experiments.speed.cost_model import Rates
@@ -104,14 +105,15 @@ def measure_prefill(
         for name in places
         if not isinstance(facts[name], Failure)
     }
-    device = model.device
+    meter = LoadMeter()
     times = time_interleaved(
         runs,
-        device=device,
+        device=model.device,
         effort=effort,
         around=places,
-        seconds_per_round=sum(facts[name]["first_ms"] for name in runs) / 1e3,
+        earlier_ms={name: facts[name]["first_ms"] for name in runs},
     )
+    record["load"] = meter.lap()
     for name, place in places.items():
         kind, _, label = name.partition(" ")
         found = facts[name]
@@ -279,11 +281,12 @@ def _stages(
         elapsed = 1e3 * (time.perf_counter() - started)
     stages = timer.milliseconds()
     if not is_shared():
-        return {"stages_ms": stages}
+        return {"stages_ms": stages, "num_stage_samples": 1}
     shares = gather_over_ranks(stages.get(COMMUNICATION, 0.0) / elapsed)
     (share,) = mean_over_ranks([stages.get(COMMUNICATION, 0.0) / elapsed])
     return {
         "stages_ms": stages,
+        "num_stage_samples": 1,
         "communication_share": share,
         "communication_share_by_rank": shares,
     }

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from experiments.device_memory import is_out_of_memory, release_memory
+from experiments.ranks import gather_over_ranks
 from experiments.speed.controlled_density import UnreachableDensityError
 from experiments.speed.cost_model import Rates, known_rates
+from experiments.speed.samples import agree, summarise
 from experiments.statistics import quantiles
 from pbs.methods.base import AttentionMethod, CallRecord
 from pbs.ops.stages import StageTimer, stage
@@ -28,8 +30,13 @@ from pbs.ops.stages import StageTimer, stage
 FLUSH_BYTES = 256 << 20
 # Clock cycles for which a device is held: 4 ms at 2 GHz, longer than any method launches kernels.
 HOLD_CYCLES = 8_000_000
-# Seconds of a round from which on warm-up would cost more than it tells.
+# Seconds of a call from which on more than a few of them would cost more than they tell.
 LONG_ROUND = 2.0
+# Calls of a variant's warm-up at most, and of one that takes LONG_ROUND seconds a call.
+MOST_WARM_UP = 10
+MOST_LONG_WARM_UP = 2
+# Milliseconds of a call that need no device held: launching takes some, a hundredth of it.
+LONG_CALL_MS = 400.0
 
 
 def _variant_errors() -> tuple[type[Exception], ...]:
@@ -49,13 +56,16 @@ class Timing:
     """Repeated measurements of one variant, in the order they were made.
 
     Attributes:
-        samples_ms: what each call took.
-        host_samples_ms: how long the host was busy launching each of them; empty where the call is
-            the host's own work.
+        samples_ms: what each call took, on the device.
+        wall_samples_ms: how long a caller waited for a call, synchronised before and after it.
+        dropped_ms: calls of the warm-up, which count for nothing.
+        is_warm: whether the last two of them agreed; False: the samples may be cold.
     """
 
     samples_ms: tuple[float, ...]
-    host_samples_ms: tuple[float, ...] = ()
+    wall_samples_ms: tuple[float, ...] = ()
+    dropped_ms: tuple[float, ...] = ()
+    is_warm: bool = True
 
     @property
     def median_ms(self) -> float:
@@ -63,15 +73,11 @@ class Timing:
         return quantiles(self.samples_ms).median
 
     def to_dict(self) -> dict[str, Any]:
-        """Median, 20th and 80th percentile, and every sample; the host's median."""
-        summary = quantiles(self.samples_ms)
-        hosts = self.host_samples_ms
+        """Medians, 20th and 80th percentiles, counts, and every sample."""
         return {
-            "host_ms": quantiles(hosts).median if hosts else None,
-            "median_ms": summary.median,
-            "p20_ms": summary.p20,
-            "p80_ms": summary.p80,
-            "samples_ms": list(self.samples_ms),
+            **summarise(self.samples_ms, self.wall_samples_ms),
+            "dropped_ms": list(self.dropped_ms),
+            "is_warm": self.is_warm,
         }
 
 
@@ -138,14 +144,20 @@ class Stopwatch:
     Args:
         device: where the work runs.
         holds: on a GPU, let it wait before the call until the host has launched all of it, as in a
-            model whose earlier layers still run. The time is then the device's own; how long the
-            host takes is in ``host_ms``. Without it a short call is as slow as its launches.
+            model whose earlier layers still run. The time is then the device's own, and ``wall_ms``
+            is None. Without it a short call is as slow as its launches, as for a caller who waits.
+
+    Attributes:
+        host_ms: how long the host was busy with the last call.
+        wall_ms: how long a caller waited for the last call, the device idle before it; None if the
+            device was held.
     """
 
     def __init__(self, device: torch.device | str, *, holds: bool = False) -> None:
         self.device = torch.device(device)
         self.holds = holds
         self.host_ms = 0.0
+        self.wall_ms: float | None = None
         self._scratch: Tensor | None = None
         if self.device.type == "cuda":
             self._scratch = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.device)
@@ -155,18 +167,21 @@ class Stopwatch:
         if self._scratch is None:
             started = time.perf_counter()
             call()
-            self.host_ms = 1e3 * (time.perf_counter() - started)
+            self.host_ms = self.wall_ms = 1e3 * (time.perf_counter() - started)
             return self.host_ms
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._scratch.zero_()
         if self.holds:
             hold_device(self.device)
+        else:
+            torch.cuda.synchronize(self.device)
         begin.record()
         started = time.perf_counter()
         call()
         self.host_ms = 1e3 * (time.perf_counter() - started)
         end.record()
         end.synchronize()
+        self.wall_ms = None if self.holds else 1e3 * (time.perf_counter() - started)
         return begin.elapsed_time(end)
 
 
@@ -182,56 +197,110 @@ def time_interleaved(
     device: torch.device | str,
     effort: Effort,
     around: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
-    seconds_per_round: float | None = None,
+    earlier_ms: Mapping[str, float] | None = None,
     holds: bool = False,
 ) -> dict[str, Timing | Failure]:
-    """Time variants in turn, so that whatever drifts drifts for all of them.
+    """Warm variants up, then time them in turn, so that whatever drifts drifts for all of them.
+
+    A variant is warm when two calls in a row agree (:func:`experiments.speed.samples.agree`), at
+    most ``MOST_WARM_UP`` calls. Then a round measures each once: the time of the device and, in the
+    same call or, where the device is held, in another one, the time that a caller waits.
 
     Args:
-        variants: calls by name; each gets the number of the round, to choose its inputs by.
+        variants: calls by name; each gets a number, to choose its inputs by.
         device: where the work runs.
-        effort: how long.
+        effort: how long; the calls of the warm-up come on top.
         around: what a variant's calls happen inside, by name, entered before the clock starts.
-        seconds_per_round: a round's duration if it is known from calls that were made already;
-            rounds of seconds then need no warm-up. Default: measured in a round of warm-up.
-        holds: see :class:`Stopwatch`.
+        earlier_ms: milliseconds of a call that was made already, by name: the first of the warm-up.
+        holds: see :class:`Stopwatch`; calls of which even the shortest takes ``LONG_CALL_MS`` are
+            not held, since launching them takes no time to speak of.
 
     Returns:
         A result for every variant; one that runs out of memory is left out from then on.
     """
-    stopwatch = Stopwatch(device, holds=holds)
-    failures: dict[str, Timing | Failure] = {}
-    samples: dict[str, list[float]] = {name: [] for name in variants}
-    hosts: dict[str, list[float]] = {name: [] for name in variants}
+    timer = _Timer(variants, Stopwatch(device, holds=holds), around or {})
+    for name in variants:
+        timer.warm_up(name, (earlier_ms or {}).get(name))
+    stopwatch = timer.stopwatch
+    last = [calls[-1] for name, calls in timer.dropped.items() if name not in timer.failures]
+    if stopwatch.holds and last and min(last) >= LONG_CALL_MS:
+        stopwatch.holds = False
+    num_measurements = 2 if stopwatch.holds and stopwatch.device.type == "cuda" else 1
+    for index in range(effort.num_rounds(num_measurements * sum(last) / 1e3)):
+        for name in variants:
+            timer.measure(name, index)
+    return {name: timer.result(name) for name in variants}
 
-    def run(name: str, index: int) -> float | None:
-        if name in failures:
+
+class _Timer:
+    """The calls of :func:`time_interleaved` so far."""
+
+    def __init__(
+        self,
+        variants: Mapping[str, Callable[[int], object]],
+        stopwatch: Stopwatch,
+        around: Mapping[str, Callable[[], AbstractContextManager[Any]]],
+    ) -> None:
+        self.variants, self.stopwatch, self.around = variants, stopwatch, around
+        self.failures: dict[str, Failure] = {}
+        self.samples: dict[str, list[float]] = {name: [] for name in variants}
+        self.waits: dict[str, list[float]] = {name: [] for name in variants}
+        self.dropped: dict[str, list[float]] = {name: [] for name in variants}
+        self.is_warm: dict[str, bool] = dict.fromkeys(variants, False)
+
+    def warm_up(self, name: str, earlier: float | None) -> None:
+        """Call until two calls in a row agree, in every process that shares the model."""
+        calls = self.dropped[name]
+        calls += [] if earlier is None else [earlier]
+        for index in range(MOST_WARM_UP):
+            sample = self._call(name, index)
+            if sample is None:
+                return
+            calls.append(sample)
+            is_long = sample >= 1e3 * LONG_ROUND and index + 1 >= MOST_LONG_WARM_UP
+            now = len(calls) > 1 and agree(*calls[-2:])
+            everywhere = gather_over_ranks((now, is_long))
+            self.is_warm[name] = all(warm for warm, _ in everywhere)
+            if self.is_warm[name] or any(long for _, long in everywhere):
+                return
+
+    def measure(self, name: str, index: int) -> None:
+        """One round of one variant."""
+        sample = self._call(name, index)
+        if sample is None:
+            return
+        if self.stopwatch.wall_ms is None:
+            self.stopwatch.holds = False
+            has_waited = self._call(name, index) is not None
+            self.stopwatch.holds = True
+            if not has_waited:
+                return
+        wait = self.stopwatch.wall_ms
+        assert wait is not None
+        self.samples[name].append(sample)
+        self.waits[name].append(wait)
+
+    def result(self, name: str) -> Timing | Failure:
+        """What came of a variant."""
+        return self.failures.get(name) or Timing(
+            tuple(self.samples[name]),
+            tuple(self.waits[name]),
+            tuple(self.dropped[name]),
+            self.is_warm[name],
+        )
+
+    def _call(self, name: str, index: int) -> float | None:
+        if name in self.failures:
             return None
-        place = (around or {}).get(name, nullcontext)
         try:
-            with place():
-                return stopwatch(lambda: variants[name](index))
+            with self.around.get(name, nullcontext)():
+                return self.stopwatch(lambda: self.variants[name](index))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            failures[name] = Failure.of(error)
+            self.failures[name] = Failure.of(error)
         release_memory(collects=True)  # after the handler: the traceback holds tensors
         return None
-
-    if seconds_per_round is None or seconds_per_round < LONG_ROUND:
-        warm = [run(name, 0) or 0.0 for name in variants]
-        seconds_per_round = sum(warm) / 1e3
-    for index in range(effort.num_rounds(seconds_per_round)):
-        for name in variants:
-            sample = run(name, index)
-            if sample is not None:
-                samples[name].append(sample)
-                if stopwatch.device.type == "cuda":
-                    hosts[name].append(stopwatch.host_ms)
-    return {
-        name: failures.get(name) or Timing(tuple(samples[name]), tuple(hosts[name]))
-        for name in variants
-    }
 
 
 def run_in_stages(

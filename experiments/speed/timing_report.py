@@ -1,4 +1,8 @@
-"""Timing records as tables and pictures. Importable without hydra, torch and wandb."""
+"""Timing records as tables and pictures. Importable without hydra, torch and wandb.
+
+``ms`` is the time of the device; ``waits`` what a caller waits for one call that is synchronised
+before and after it, measured apart, alike for dense kernels and methods.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from experiments.load import load_warning
 from experiments.published import TABLE7
+from experiments.speed.samples import FEW_SAMPLES
 
 Record = dict[str, Any]
 
 STAGES = ("order", "selection", "gather", "attention")
+# Lists of raw samples, which tables leave to the file they come from.
+SAMPLES = ("samples_ms", "wall_samples_ms", "dropped_ms")
 
 
 def summarise_times(records: Sequence[Record]) -> dict[str, Any]:
@@ -99,14 +107,17 @@ def break_evens(records: Sequence[Record]) -> list[Record]:
     """Break-even length of every method over every dense kernel and the fastest.
 
     Separate for head shapes, and for chosen densities unless each length has one of its own. Cells
-    in which a method ran dense by its own rule are left out.
+    in which a method ran dense by its own rule, or was never warm, are left out. Each says how many
+    samples the least measured of the times behind it has.
     """
     by_length: dict[int, set[Any]] = {}
     for record in records:
         by_length.setdefault(record["length"], set()).add(record.get("target_density"))
     has_several = any(len(densities) > 1 for densities in by_length.values())
     points: dict[tuple[Any, ...], list[tuple[int, float]]] = {}
+    counts: dict[tuple[Any, ...], list[int]] = {}
     for record in records:
+        dense = record["dense"]
         density = record.get("target_density") if has_several else None
         for label, entry in record["methods"].items():
             if entry["median_ms"] is None or entry["dense_reason"]:
@@ -116,6 +127,9 @@ def break_evens(records: Sequence[Record]) -> list[Record]:
                 if value is not None:
                     key = (shape_of(record), density, label, name)
                     points.setdefault(key, []).append((record["length"], value))
+                    kernel = record.get("fastest_dense") if name == "fastest" else name
+                    two = (entry, dense.get(kernel, {}))
+                    counts.setdefault(key, []).extend(len(e.get("samples_ms", ())) for e in two)
     return [
         {
             "shape": shape,
@@ -126,6 +140,7 @@ def break_evens(records: Sequence[Record]) -> list[Record]:
             "shortest": min(values)[0],
             "longest": max(values)[0],
             "speed_up_at_longest": max(values)[1],
+            "fewest_samples": min(counts[shape, density, label, name]),
         }
         for (shape, density, label, name), values in points.items()
     ]
@@ -141,7 +156,8 @@ def shape_of(record: Mapping[str, Any]) -> str | None:
 def table_rows(record: Record) -> list[Record]:
     """A cell as flat rows for a table, one per dense kernel and per method, samples left out."""
     nested = {"stages_ms": "ms", "stage_floors_ms": "floor_ms"}
-    left_out = {"first_ms", "samples_ms", "stage_samples_ms", "speed_up", "dense_calls", *nested}
+    ratios = ("speed_up", "speed_up_p20", "speed_up_p80", "wall_speed_up")
+    left_out = {"first_ms", "stage_samples_ms", "dense_calls", *SAMPLES, *ratios, *nested}
     cell = {
         key: value
         for key, value in record.items()
@@ -152,10 +168,12 @@ def table_rows(record: Record) -> list[Record]:
         for label, entry in group.items():
             row = {**cell, "kind": kind, "variant": label}
             row |= {key: value for key, value in entry.items() if key not in left_out}
-            row["num_rounds"] = len(entry.get("samples_ms", ()))
+            row["num_samples"] = len(entry.get("samples_ms", ()))
+            row["num_dropped"] = len(entry.get("dropped_ms", ()))
             for key, suffix in nested.items():
                 row |= {f"{name}_{suffix}": v for name, v in entry.get(key, {}).items()}
-            row |= {f"speed_up_{name}": v for name, v in entry.get("speed_up", {}).items()}
+            for key in ratios:
+                row |= {f"{key}_{name}": v for name, v in entry.get(key, {}).items()}
             rows.append(row)
     if not rows:
         rows.append({**cell, **record.get("failure", {}), "kind": "cell", "variant": "inputs"})
@@ -175,15 +193,18 @@ def write_times(records: Sequence[Record], path: Path) -> None:
 def lines_of(records: Sequence[Record]) -> list[str]:
     """A short table: what ran, how long, how much faster, at what cost; published numbers below."""
     heading = (
-        f"{'N':>7} {'heads':>9} {'variant':24} {'ms':>9} {'p20':>9} {'p80':>9} {'floor':>8} "
+        f"{'N':>7} {'heads':>9} {'variant':24} {'ms':>9} {'p20':>9} {'p80':>9} {'n':>3} "
+        f"{'waits':>9} {'floor':>8} "
         f"{'order':>7} {'select':>7} {'gather':>7} {'attn':>8} {'dens':>6} {'cover':>6} "
-        f"{'error':>7} {'TF/s':>7} {'of best':>7} {'x best':>7} {'MiB':>7}"
+        f"{'error':>7} {'TF/s':>7} {'of best':>7} {'x best':>7} {'p20':>6} {'p80':>6} {'MiB':>7}"
     )
     if any("num_ranks" in record for record in records):
         heading += f" {'comm':>5}"
     lines = [heading]
     for record in records:
         lines += [_line(record, row) for row in table_rows(record)]
+        warning = load_warning(record.get("load"))
+        lines += [f"{record['length']:>7} {warning}"] if warning else []
         lines += _published(record)
         lines += _by_process(record)
     for point in break_evens(records):
@@ -192,14 +213,15 @@ def lines_of(records: Sequence[Record]) -> list[str]:
             where = f"at or below {point['shortest']}"
         lines.append(
             f"break-even of {point['method']} over {point['dense']}: {where} "
-            f"({point['speed_up_at_longest']:.2f}x at {point['longest']})"
+            f"({point['speed_up_at_longest']:.2f}x at {point['longest']}; at least "
+            f"{point['fewest_samples']} samples a time)"
         )
     return lines
 
 
 def draw_speed_up(records: Sequence[Record], path: Path) -> list[Path]:
     """Speed-up of each method over each dense kernel against length; nothing for one length."""
-    lines: dict[str, list[tuple[int, float]]] = {}
+    lines: dict[str, list[tuple[int, float, float, float]]] = {}
     for record in records:
         for label, entry in record["methods"].items():
             for name, value in entry.get("speed_up", {}).items():
@@ -207,8 +229,11 @@ def draw_speed_up(records: Sequence[Record], path: Path) -> list[Path]:
                 suffix = "" if density is None or len(records) < 2 else f" at {density:.2f}"
                 is_single = sum(r["length"] == record["length"] for r in records) == 1
                 key = f"{label} over {name}{'' if is_single else suffix}"
-                lines.setdefault(key, []).append((record["length"], value))
-    if max((len({n for n, _ in points}) for points in lines.values()), default=0) < 2:
+                low, high = (
+                    entry.get(f"speed_up_{p}", {}).get(name, value) for p in ("p20", "p80")
+                )
+                lines.setdefault(key, []).append((record["length"], value, low, high))
+    if max((len({point[0] for point in points}) for points in lines.values()), default=0) < 2:
         return []
     import matplotlib as mpl
 
@@ -219,11 +244,13 @@ def draw_speed_up(records: Sequence[Record], path: Path) -> list[Path]:
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for label, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+        lengths, values, low, high = zip(*sorted(points), strict=True)
+        (line,) = axes.plot(lengths, values, marker="o", label=label)
+        axes.vlines(lengths, low, high, color=line.get_color(), linewidth=1)
     axes.axhline(1.0, color="grey", linewidth=0.8)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("tokens")
-    axes.set_ylabel("speed-up over dense (median)")
+    axes.set_ylabel("speed-up over dense (median; bars: 20th to 80th percentile)")
     axes.legend(fontsize="small")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150)
@@ -263,6 +290,7 @@ def _line(record: Record, row: Record) -> str:
     reason = f"  ran dense: {row['dense_reason']}" if row.get("dense_reason") else ""
     return (
         f"{start} {row['median_ms']:9.3f} {row['p20_ms']:9.3f} {row['p80_ms']:9.3f} "
+        f"{row['num_samples']:3d} {_number(row.get('wall_ms'), 9, 3)} "
         f"{_number(row.get('floor_ms'), 8, 3)} {_number(stages['order'], 7, 3)} "
         f"{_number(stages['selection'], 7, 3)} {_number(stages['gather'], 7, 3)} "
         f"{_number(stages['attention'], 8, 3)} {_number(row.get('density'), 6, 3)} "
@@ -270,9 +298,21 @@ def _line(record: Record, row: Record) -> str:
         f"{_number(tflops, 7, 2)} "
         f"{_number(row.get('share_of_dense_tflops'), 7, 2)} "
         f"{_number(row.get('speed_up_over_fastest'), 7, 2)} "
+        f"{_number(row.get('speed_up_over_fastest_p20'), 6, 2)} "
+        f"{_number(row.get('speed_up_over_fastest_p80'), 6, 2)} "
         f"{_number(None if peak is None else peak / 2**20, 7, 0)}"
-        f"{'' if share is None else f' {share:5.2f}'}{reason}"
+        f"{'' if share is None else f' {share:5.2f}'}{reason}{marks_of(row)}"
     )
+
+
+def marks_of(row: Mapping[str, Any]) -> str:
+    """What a reader must know before a time is believed: few samples, never warm; "" if nothing."""
+    marks = []
+    if row["num_samples"] < FEW_SAMPLES:
+        marks.append(f"few samples: {row['num_samples']}")
+    if row.get("is_warm") is False:
+        marks.append("its calls never came to agree")
+    return f"  ({'; '.join(marks)})" if marks else ""
 
 
 def has_published_times(record: Record) -> bool:

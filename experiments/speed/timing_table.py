@@ -8,16 +8,19 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.load import load_warning
 from experiments.published import TABLE7, PublishedRow
-from experiments.speed.timing_report import has_published_times, shape_of
+from experiments.speed.timing_report import has_published_times, marks_of, shape_of
 from experiments.store import Record, RunStore, write_atomically
 
 Row = dict[str, Any]
 
 MIB = 2**20
 NOTE = (
-    "brackets: 20th to 80th percentile; dense: the fastest dense kernel of the same cell, "
-    "interleaved; break-even: length from which on the method is faster than it"
+    "brackets: 20th to 80th percentile, of speed-ups over the ratios round by round; samples: "
+    "calls behind each number, dense alike; dense: the fastest dense kernel of the same cell, "
+    "interleaved; waits: what a caller waits for one synchronised call, on a CPU the time itself; "
+    "break-even: length from which on the method is faster than dense"
 )
 
 
@@ -37,6 +40,7 @@ def timing_numbers(results: Mapping[str, Any]) -> Row:
     cell = max(timed, key=lambda one: one["length"])
     fastest = cell.get("fastest_dense")
     kept = ("prefill_seconds", "prefill_p20", "prefill_p80", "density", "coverage", "floor_ms")
+    kept += ("median_ms", "wall_ms", "wall_p20_ms", "wall_p80_ms", "is_warm", "load")
     row |= {key: cell.get(key) for key in kept}
     row |= {
         "timed_length": cell["length"],
@@ -44,7 +48,11 @@ def timing_numbers(results: Mapping[str, Any]) -> Row:
         "target_density": cell.get("target_density"),
         "dense": fastest,
         "dense_ms": cell.get(f"dense_{fastest}_ms"),
+        "num_timed": cell["num_samples"],
         "speed_up": cell.get("speed_up_over_fastest"),
+        "speed_up_low": cell.get("speed_up_over_fastest_p20"),
+        "speed_up_high": cell.get("speed_up_over_fastest_p80"),
+        "wall_speed_up": cell.get("wall_speed_up_over_fastest"),
         "relative_error": cell.get("relative_error"),
         "peak_bytes": cell.get("peak_bytes"),
         "communication_share": cell.get("communication_share"),
@@ -72,7 +80,9 @@ def timing_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
         "asked density, %": [_percent(row, "target_density") for row in rows],
         "time, ms": [_time(row) for row in rows],
         "dense, ms": [_dense(row) for row in rows],
-        "speed-up": [_number(row, "speed_up", "{:.2f}x") for row in rows],
+        "samples": [_text(row, "num_timed") for row in rows],
+        "speed-up": [speed_up_text(row) for row in rows],
+        **(_waits(rows) if any(map(_differs, rows)) else {}),
         "density, %": [_percent(row, "density") for row in rows],
         "coverage, %": [_percent(row, "coverage") for row in rows],
         "relative error": [_number(row, "relative_error", "{:.1e}") for row in rows],
@@ -87,6 +97,12 @@ def timing_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
 def timing_notes(rows: Sequence[Row]) -> list[str]:
     """What the closing table does not say: failures that are results, and rules that ran dense."""
     notes = [NOTE]
+    for row in rows:
+        if row.get("num_timed"):
+            marks = marks_of({**row, "num_samples": row["num_timed"]})
+            notes += [f"{row['label']} at {row['timed_length']} tokens:{marks}"] if marks else []
+        warning = load_warning(row.get("load"))
+        notes += [f"{row['label']}: {warning}"] if warning else []
     notes += [f"no time: {row['label']}: {row['no_time']}" for row in rows if row.get("no_time")]
     notes += [
         f"ran dense: {row['label']} at {row['timed_length']} tokens: {row['dense_reason']}"
@@ -127,7 +143,7 @@ def write_table7(group: Path, rows: Sequence[Row]) -> list[Path]:
 
 TITLE7 = (
     "Table 7 of the PBS paper (arXiv 2510.21270; H100, FlashAttention-2 as dense) and ours, "
-    "milliseconds, medians"
+    "milliseconds, medians with 20th and 80th percentiles; wait: what a caller waits for one call"
 )
 
 
@@ -152,8 +168,13 @@ def _beside(
     line |= {f"our {name}": stages.get(name) for name in ("order", "gather", "selection")}
     line |= {"our attention": stages.get("attention")}
     line |= {"our total": entry["median_ms"] or entry.get("failure")}
+    line |= {f"our total {name}": entry.get(f"{name}_ms") for name in ("p20", "p80")}
+    line |= {"our wait": entry.get("wall_ms"), "samples": len(entry.get("samples_ms", ()))}
+    line |= {"stage samples": entry.get("num_stage_samples")}
     for name, value in entry.get("speed_up", {}).items():
         line[f"our speed-up over {name}"] = value
+        for end in ("p20", "p80"):
+            line[f"our speed-up over {name} {end}"] = entry.get(f"speed_up_{end}", {}).get(name)
     return line
 
 
@@ -183,6 +204,32 @@ def _time(row: Row) -> str:
         f"{1000 * row[key]:.4g}" for key in ("prefill_seconds", "prefill_p20", "prefill_p80")
     )
     return f"{median} [{low}, {high}]"
+
+
+def speed_up_text(row: Row) -> str:
+    """A ratio with its ends and, where it has pairs, their number: "1.33x [1.20, 1.41] (25)"."""
+    if row.get("speed_up") is None:
+        return ""
+    text = f"{row['speed_up']:.2f}x"
+    if row.get("speed_up_low") is not None:
+        text += f" [{row['speed_up_low']:.2f}, {row['speed_up_high']:.2f}]"
+    return text + (f" ({row['speed_up_pairs']})" if row.get("speed_up_pairs") else "")
+
+
+def _differs(row: Row) -> bool:
+    """Whether a caller waits longer than the device works; on a CPU both are one clock."""
+    return row.get("wall_ms") is not None and row["wall_ms"] != row.get("median_ms")
+
+
+def _waits(rows: Sequence[Row]) -> dict[str, list[str]]:
+    waits = [
+        f"{row['wall_ms']:.4g} [{row['wall_p20_ms']:.4g}, {row['wall_p80_ms']:.4g}]"
+        if row.get("wall_ms") is not None
+        else ""
+        for row in rows
+    ]
+    ratios = [_number(row, "wall_speed_up", "{:.2f}x") for row in rows]
+    return {"waits, ms": waits, "speed-up of waiting": ratios}
 
 
 def _dense(row: Row) -> str:

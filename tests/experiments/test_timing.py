@@ -1,6 +1,7 @@
 """Timing: interleaving, failures as results, stages, memory, exact rows, exact densities."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,7 +92,9 @@ def test_variants_take_turns():
     calls = []
     variants = {name: lambda index, name=name: calls.append((name, index)) for name in "ab"}
     found = time_interleaved(variants, device=CPU, effort=Effort(1.0, 2, 2))
-    assert calls == [("a", 0), ("b", 0)] * 2 + [("a", 1), ("b", 1)]
+    warm_up, rounds = calls[:-4], calls[-4:]
+    assert rounds == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert warm_up == sorted(warm_up)
     assert all(len(result.samples_ms) == 2 for result in found.values())
 
 
@@ -410,11 +413,8 @@ def test_the_time_of_a_compiler_is_not_taken_for_that_of_a_round(monkeypatch):
     kernels = {"cpu": dense_kernels(CPU)["cpu"]}
     record = measure_cell(small_cell(100), {}, kernels, effort=effort, num_input_sets=1)
     assert len(record["dense"]["cpu"]["samples_ms"]) == 4
-
-
-def test_the_hosts_share_is_a_median_of_its_own():
-    assert Timing((3.0, 1.0)).to_dict()["host_ms"] is None
-    assert Timing((3.0, 1.0, 2.0), (0.5, 9.0, 0.7)).to_dict()["host_ms"] == 0.7
+    assert record["dense"]["cpu"]["num_wall_samples"] == 4
+    assert 0 <= record["load"] <= 1 or not Path("/proc/stat").exists()
 
 
 def test_the_profiled_call_runs():

@@ -144,6 +144,8 @@ def test_the_table_has_the_longest_cell_and_the_break_even():
     assert columns["time, ms"] == ["50 [50, 50]"]
     assert columns["dense, ms"] == ["100 (flash)"]
     assert columns["speed-up"] == ["2.00x"]
+    assert columns["samples"] == ["1"]
+    assert any("few samples: 1" in note for note in timing_notes([row]))
     assert columns["break-even, tokens"] == ["16384"]
     assert columns["memory, MiB"] == ["1024"]
     assert "coverage, %" not in columns

@@ -15,7 +15,7 @@ from experiments.store import RunStore
 # Keys of times, of what is computed from them, of the machine's state, and of what was typed.
 MEASURED = re.compile(
     r"seconds|_ms$|prefill_p\d|speed_up|tflops|share|fastest|break_even|overhead|peak|total_bytes"
-    r"|overrides|samples_digest"
+    r"|overrides|samples_digest|num_dropped|is_warm|load"
 )
 
 
