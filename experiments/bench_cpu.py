@@ -58,8 +58,9 @@ def target_lines(record: Record) -> list[str]:
     word = "met" if speed_up >= TARGET_SPEED_UP else "MISSED"
     lines = [
         f"target {word}: N={record['length']}, fp32, heads {SHAPE}, density "
-        f"{entry['density']:.3f}: {speed_up:.2f}x SDPA, order and selection included (at least "
-        f"{TARGET_SPEED_UP}x)"
+        f"{entry['density']:.3f}: {speed_up:.2f}x SDPA "
+        f"[{entry['speed_up_over_fastest_p20']:.2f}, {entry['speed_up_over_fastest_p80']:.2f}], "
+        f"{entry['num_samples']} calls, order and selection included (at least {TARGET_SPEED_UP}x)"
     ]
     if memory is not None:
         word = "met" if memory < TARGET_MEMORY else "MISSED"

@@ -1,7 +1,7 @@
 """The parts of ``make bench-gpu``: gate, Table 7, selection cost, time to first token.
 
 Needs no hydra and no wandb. Each part measures what there is time for and records the rest as
-skipped.
+skipped. The gate checks and takes no times.
 """
 
 from __future__ import annotations
@@ -17,11 +17,33 @@ from experiments.speed.bench_run import Run
 from experiments.speed.cost_model import Shape, dense_flops
 from experiments.speed.timing import Effort
 
+# Samples of every variant at least: many up to a length, for whole models a shorter one, few above.
+MANY_ROUNDS, FEW_ROUNDS, MOST_ROUNDS = 10, 5, 20
+MANY_UP_TO = {"table7": 65536, "selection": 65536, "ttft": 32768}
+# A round of all variants in dense calls at ``PREDICTED_FLOPS``, as measured on an H100; a round at
+# the level of an op calls each of them twice, for the device's time and the wait.
+CALLS_PER_ROUND = {"table7": 2 * 2.7, "selection": 2 * 6.4, "ttft": 2.7}
+# Rounds' worth of calls before the first that counts: the gate, compilers, warm-up.
+ROUNDS_BEFORE = 2.5
+
+
+def fewest_rounds(part: str, length: int) -> int:
+    """Samples of every variant that a cell of this part has at least."""
+    return MANY_ROUNDS if length <= MANY_UP_TO[part] else FEW_ROUNDS
+
+
+def num_calls(part: str, length: int) -> float:
+    """Dense calls' worth of work of a cell, for predicting its time."""
+    return CALLS_PER_ROUND[part] * (fewest_rounds(part, length) + ROUNDS_BEFORE)
+
+
+def _effort(part: str, length: int, seconds: float) -> Effort:
+    return Effort(seconds, fewest_rounds(part, length), MOST_ROUNDS)
+
 
 def run_gate(run: Run) -> list[Record]:
     """Every method and head dim, at lengths that divide nothing too, against exact attention."""
     dtypes = (torch.bfloat16, torch.float16) if run.device.type == "cuda" else (torch.float32,)
-    once = Effort(0.01, 1, 1)
     records = []
     for cell, labels in _gate_cells(run, dtypes):
         if run.seconds_left() < 0:
@@ -35,7 +57,7 @@ def run_gate(run: Run) -> list[Record]:
                     cell,
                     run.plan.build(*labels),
                     run.dense,
-                    effort=once,
+                    effort=None,
                     coverage_rows=0,
                     check_heads=8,
                     num_input_sets=1,
@@ -82,10 +104,11 @@ def run_table7(run: Run) -> list[Record]:
         density, is_published = density_at(length)
         cell = run.cell(length, density=density)
         name = {**cell.describe(), "is_published_density": is_published}
-        if not run.has_time_for(dense_flops(cell.shape, length), calls=6, extra=length / 3e4):
+        calls = num_calls("table7", length)
+        if not run.has_time_for(dense_flops(cell.shape, length), calls=calls, extra=length / 3e4):
             run.skip("table7", name)
             continue
-        effort = Effort(min(4.0, max(1.0, run.seconds_left() / 10)), 2, 20)
+        effort = _effort("table7", length, min(4.0, max(1.0, run.seconds_left() / 10)))
         records.append(
             run.attempt(
                 "table7",
@@ -108,10 +131,11 @@ def run_selection(run: Run) -> list[Record]:
     records = []
     for length in run.plan.selection_lengths:
         cell = run.cell(length)
-        if not run.has_time_for(dense_flops(cell.shape, length), calls=8, extra=length / 3e4):
+        calls = num_calls("selection", length)
+        if not run.has_time_for(dense_flops(cell.shape, length), calls=calls, extra=length / 3e4):
             run.skip("selection", cell.describe())
             continue
-        effort = Effort(min(5.0, max(1.0, run.seconds_left() / 10)), 2, 20)
+        effort = _effort("selection", length, min(5.0, max(1.0, run.seconds_left() / 10)))
         records.append(
             run.attempt(
                 "selection",
@@ -123,7 +147,6 @@ def run_selection(run: Run) -> list[Record]:
                     effort=effort,
                     rates=run.rates,
                     coverage_rows=16,
-                    stage_rounds=3,
                 ),
             )
         )
@@ -155,13 +178,13 @@ def run_ttft(run: Run) -> list[Record]:
             "is_published_density": is_published,
         }
         work = config.num_hidden_layers * dense_flops(shape, length) + 2 * num_parameters * length
-        if not run.has_time_for(work, calls=6):
+        if not run.has_time_for(work, calls=num_calls("ttft", length)):
             run.skip("ttft", name)
             continue
         prompts = [
             random_ids(config.vocab_size, length, device=run.device, seed=seed) for seed in (0, 1)
         ]
-        effort = Effort(min(30.0, max(0.5, run.seconds_left() / 8)), 1, 10)
+        effort = _effort("ttft", length, min(30.0, max(0.5, run.seconds_left() / 8)))
         records.append(
             run.attempt(
                 "ttft",

@@ -5,6 +5,7 @@ Needs no hydra and no wandb.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 import traceback
@@ -13,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from experiments.device_memory import (
@@ -21,13 +21,14 @@ from experiments.device_memory import (
     release_memory,
 )
 from experiments.environment import describe_environment
+from experiments.run_environments import differing_parts
 from experiments.speed.attention_inputs import Cell, Record
 from experiments.speed.cost_model import Shape
 from experiments.speed.dense_kernels import dense_kernels
+from experiments.speed.result_folders import add_record, write_tables
 from experiments.speed.timing import (
     measure_rates,
 )
-from experiments.speed.timing_report import table_rows
 from experiments.store import to_json, write_atomically
 from pbs.methods import AttentionMethod, build_method
 
@@ -101,9 +102,29 @@ class Plan:
 
 
 class Run:
-    """One invocation: what it measures on, what it has found, what time is left."""
+    """One invocation: what it measures on, what it has found, what time is left.
 
-    def __init__(self, out: Path, device: torch.device, plan: Plan, *, commit: str | None) -> None:
+    Args:
+        out: folder for the results.
+        device: what is measured.
+        plan: sizes.
+        commit: of the files, where the repository is not at hand.
+        adds: keep what an earlier command in the same environment has left in the folder: parts and
+            cells that are not measured again stay.
+
+    Raises:
+        ValueError: ``adds``, and the folder's results come from another environment.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        device: torch.device,
+        plan: Plan,
+        *,
+        commit: str | None,
+        adds: bool = False,
+    ) -> None:
         self.out, self.device, self.plan = out, device, plan
         is_cuda = device.type == "cuda"
         self.dtype = torch.bfloat16 if is_cuda else torch.float32
@@ -116,28 +137,30 @@ class Run:
         if is_cuda:
             properties = torch.cuda.get_device_properties(device)
             environment["memory_bytes"] = properties.total_memory
+        command = " ".join(["python -m experiments.bench_gpu", *sys.argv[1:]])
+        earlier = _earlier_results(out, environment) if adds else {}
         self.results: Record = {
-            "environment": environment,
+            "environment": earlier.get("environment", environment),
             "rates": self.rates.__dict__,
-            "command": " ".join(["python -m experiments.bench_gpu", *sys.argv[1:]]),
-            "parts": {},
+            "commands": [*earlier.get("commands", ()), command],
+            "methods": {
+                label: {"method": n, "params": p} for label, (n, p) in plan.methods.items()
+            },
+            "parts": earlier.get("parts", {}),
         }
         self.deadline = float("inf")
         self.started = time.monotonic()
 
     def add(self, part: str, record: Record) -> None:
         """Keep a record and write everything to disk."""
-        self.results["parts"].setdefault(part, []).append(record)
-        self.write(part)
+        add_record(self.results["parts"].setdefault(part, []), record)
+        self.write()
 
-    def write(self, part: str) -> None:
-        """``results.json``, and the part's CSV."""
+    def write(self) -> None:
+        """``results.json``, and the CSVs."""
         self.results["seconds"] = time.monotonic() - self.started
         write_atomically(self.out / "results.json", to_json(self.results, indent=1) + "\n")
-        records = self.results["parts"].get(part, [])
-        rows = [row for record in records for row in table_rows(record)]
-        if rows:
-            write_atomically(self.out / f"{part}.csv", pd.DataFrame(rows).to_csv(index=False))
+        write_tables(self.out, self.results["parts"])
 
     def wrong(self) -> list[str]:
         """Variants that were wrong or raised; no memory and no such kernel are no errors."""
@@ -157,7 +180,7 @@ class Run:
         """Until this part's deadline."""
         return self.deadline - time.monotonic()
 
-    def has_time_for(self, flops: float, *, calls: int, extra: float = 3.0) -> bool:
+    def has_time_for(self, flops: float, *, calls: float, extra: float = 3.0) -> bool:
         """Whether that many dense calls of this work would end in time, by a pessimistic rate."""
         needed = calls * flops / PREDICTED_FLOPS[self.device.type] + extra
         return needed < self.seconds_left()
@@ -187,3 +210,22 @@ class Run:
         """Record that there was no time for a cell."""
         failure = {"median_ms": None, "failure": "skipped", "message": "no time left for it"}
         self.add(part, {**name, "failure": failure, "dense": {}, "methods": {}})
+
+
+def _earlier_results(out: Path, environment: Record) -> Record:
+    """What the folder holds already; empty if nothing."""
+    path = out / "results.json"
+    if not path.is_file():
+        return {}
+    earlier: Record = json.loads(path.read_text(encoding="utf-8"))
+    was = earlier["environment"]
+    differing = differing_parts(was, environment)
+    if was.get("commit") != environment["commit"]:
+        differing = [*differing, "commit"]
+    if differing:
+        raise ValueError(
+            f"{path} was measured in another environment: {', '.join(differing)} differ (there "
+            f"{was.get('device')}, commit {was.get('commit')}; here {environment['device']}, "
+            f"commit {environment['commit']}); give another --out, or leave out --add"
+        )
+    return earlier

@@ -16,6 +16,7 @@ from experiments.random_weights import ARCHITECTURES, build_random_model, random
 from experiments.speed import bench_run
 from experiments.speed.attention_bench import AttentionBench
 from experiments.speed.attention_inputs import Cell, draw_inputs
+from experiments.speed.bench_parts import fewest_rounds
 from experiments.speed.cost_model import Shape
 from experiments.speed.prefill_timing import first_token, measure_prefill
 from experiments.speed.timing import Effort
@@ -280,6 +281,39 @@ def test_the_gpu_script_runs_on_a_cpu_and_keeps_every_sample(tmp_path, capsys, m
     printed = capsys.readouterr().out
     assert "== summary" in printed
     assert "variants pass" in printed
+
+
+def test_every_part_has_samples_enough_and_the_gate_takes_no_times(tmp_path, capsys):
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--smoke"]
+    assert bench_gpu.main([*arguments, "--seconds", "60"]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    for part in ("table7", "selection", "ttft"):
+        for record in results["parts"][part]:
+            for entry in (*record["dense"].values(), *record["methods"].values()):
+                assert entry["num_samples"] >= 10
+                assert entry["num_wall_samples"] == entry["num_samples"]
+                assert len(entry["dropped_ms"]) >= 2
+    assert "n=" in capsys.readouterr().out
+    gate = pd.read_csv(tmp_path / "gate.csv")
+    assert not [name for name in gate if "ms" in name or "speed" in name]
+    assert fewest_rounds("table7", 524288) == fewest_rounds("ttft", 131072) == 5
+    assert fewest_rounds("table7", 65536) == fewest_rounds("ttft", 32768) == 10
+
+
+def test_commands_fill_one_folder_in_one_environment(tmp_path, capsys):
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--smoke", "--seconds", "60"]
+    assert bench_gpu.main([*arguments, "--parts", "table7", "--lengths", "512"]) == 0
+    more = [*arguments, "--add", "--parts", "table7", "--lengths", "1024"]
+    assert bench_gpu.main(more) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [record["length"] for record in results["parts"]["table7"]] == [512, 1024]
+    assert len(results["commands"]) == 2
+    assert results["methods"]["pbs shared"] == {"method": "pbs", "params": {"gqa": "shared"}}
+    assert bench_gpu.main([*more, "--commit", "another"]) == 2
+    assert "measured in another environment: commit differ" in capsys.readouterr().out
+    assert bench_gpu.main([*more[:-5], "--parts", "table7", "--lengths", "512"]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [record["length"] for record in results["parts"]["table7"]] == [512]
 
 
 def test_without_time_cells_are_skipped_and_said_so(tmp_path):
