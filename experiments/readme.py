@@ -1,15 +1,19 @@
 """``make readme``: writes the result tables of README.md from results, so that no number is typed.
 
 The table of the demo comes from the runs of ``make demo`` in ``outputs``, the way ``make report``
-makes it, that of the GPU from the newest folder of ``experiments/results``.
+makes it, those of GPUs from the newest folder of ``experiments/results`` of each device that
+measured them, whatever the folder's name, or from folders that are named:
+
+    python -m experiments.readme [--sections needle,table7,ttft] [--results FOLDER ...]
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import re
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -18,24 +22,42 @@ from experiments.bench import BENCHES
 from experiments.compare import changed_parameters
 from experiments.config import ROOT
 from experiments.pictures import draw_accuracy_density
-from experiments.published import TABLE7
+from experiments.published import TABLE7, density_at
 from experiments.report.runs import Results, Run, read_results
+from experiments.speed.result_folders import ResultFolder, newest_folders, read_folder
+from experiments.speed.samples import FEW_SAMPLES
+from experiments.speed.timing_report import shape_of
+from experiments.store import Record
 from experiments.table import Row, format_columns, title_of, to_markdown
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "experiments" / "results"
+SECTIONS = ("needle", "table7", "ttft")
+# Behind a density that the paper does not state.
+UNSTATED = "*"
 DEMO = ("flash", "meanpool", "pbs")
 # Dense kernels of the GPU's tables, as far as they were there.
 DENSE = {"flash": "FA2", "cudnn": "cuDNN", "fa4": "FA4"}
 
 
-def main() -> int:
-    """Rewrite both sections and the demo's pictures in ``docs``."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrite the sections and, with that of the demo, its pictures in ``docs``."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="which to write")
+    parser.add_argument("--results", type=Path, nargs="+", help="folders of GPU results")
+    options = parser.parse_args(arguments)
+    sections = options.sections.split(",")
+    for section in sections:
+        if section not in SECTIONS:
+            parser.error(f"unknown section {section!r}; valid: {', '.join(SECTIONS)}")
     text = README.read_text()
-    text = replace_section(text, "needle", needle_table(ROOT / "outputs"))
-    folder = max(RESULTS.glob("h*_*"), key=lambda path: path.name.rpartition("_")[2])
-    text = replace_section(text, "table7", table7(folder))
-    text = replace_section(text, "ttft", ttft(folder))
+    if "needle" in sections:
+        text = replace_section(text, "needle", needle_table(ROOT / "outputs"))
+    for part, make in (("table7", table7), ("ttft", ttft)):
+        if part in sections:
+            named = [read_folder(path) for path in options.results or ()]
+            folders = named or newest_folders(RESULTS, part=part)
+            text = replace_section(text, part, gpu_section(folders, make))
     README.write_text(text)
     return 0
 
@@ -98,50 +120,119 @@ def demo_runs(results: Results) -> list[tuple[Run, Row]]:
     return [found[name] for name in DEMO]
 
 
-def table7(folder: Path) -> str:
+def gpu_section(folders: Sequence[ResultFolder], make: Callable[[ResultFolder], str]) -> str:
+    """The tables of several devices below each other."""
+    return "\n".join(make(folder) for folder in folders)
+
+
+def table7(folder: ResultFolder) -> str:
     """Attention alone at the paper's densities: ours, every dense kernel, the published numbers."""
     published = {row.length: f"{row.dense_ms}, {row.total_ms}" for row in TABLE7}
-    frame = pd.read_csv(folder / "table7.csv")
-    environment = json.loads((folder / "results.json").read_text())["environment"]
-    lines = _gpu_table(frame, "ms", 1, ("published FA2, PBS, ms", published))
-    source = folder.relative_to(ROOT)
-    packages = environment["packages"]
+    lines = _gpu_table(folder.parts["table7"], "ms", 1, ("published FA2, PBS, ms", published))
+    source = folder.path.relative_to(ROOT) if folder.path.is_relative_to(ROOT) else folder.path
+    packages = folder.environment["packages"]
     lines += [
         "",
-        f"{environment['device']}, torch {packages['torch']}, Triton {packages['triton']}, commit "
-        f"{environment['commit']}, bf16, 32 query and 8 key/value heads of 128; medians, all "
-        f"samples in [{source}]({source}).",
+        f"{folder.device}, torch {packages['torch']}, Triton {packages['triton']}, commit "
+        f"{folder.environment['commit']}, bf16, 32 query and 8 key/value heads of 128; medians, "
+        f"all samples in [{source}]({source}).",
     ]
     return "\n".join(lines) + "\n"
 
 
-def ttft(folder: Path) -> str:
+def ttft(folder: ResultFolder) -> str:
     """Time to first token of Llama-3.1-8B's architecture at the paper's densities."""
-    frame = pd.concat(pd.read_csv(path) for path in sorted(folder.glob("ttft*.csv")))
-    return "\n".join(_gpu_table(frame.dropna(subset="median_ms"), "s", 1000)) + "\n"
+    return "\n".join([*_gpu_table(folder.parts["ttft"], "s", 1000), "", f"{folder.device}.\n"])
 
 
 def _gpu_table(
-    frame: pd.DataFrame, unit: str, divisor: int, last: tuple[str, dict[int, str]] | None = None
+    records: Sequence[Record],
+    unit: str,
+    divisor: int,
+    last: tuple[str, dict[int, str]] | None = None,
 ) -> list[str]:
-    """A row per length: times of the dense kernels and ours, and ours over each of them."""
-    dense = {name: label for name, label in DENSE.items() if name in set(frame["variant"])}
-    titles = ["tokens", "density"]
+    """A row per length: times of the dense kernels and ours, and ours over each of them.
+
+    Then what must be said of it: what brackets are, what marks mean.
+    """
+    measured = sorted((one for one in records if _has_times(one)), key=lambda one: one["length"])
+    kernels = {name for record in measured for name in record["dense"]}
+    dense = {name: label for name, label in DENSE.items() if name in kernels}
+    titles = ["tokens", "density", "samples", "spread, %"]
     titles += [f"{label}, {unit}" for label in (*dense.values(), "PBS per head", "PBS shared")]
     titles += [f"shared over {label}" for label in dense.values()]
     titles += [last[0]] if last else []
     lines = [f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
-    for length, rows in frame.groupby("length"):
-        row = rows.set_index("variant")
-        shared = row.loc["pbs shared"]
-        cells = [f"{length}", f"{shared['density']:.3f}"]
-        cells += [
-            f"{row['median_ms'][name] / divisor:.2f}" for name in (*dense, "pbs", "pbs shared")
-        ]
-        cells += [f"{shared[f'speed_up_{name}']:.2f}x" for name in dense]
-        cells += [last[1][int(str(length))]] if last else []
+    for record in measured:
+        cells = _gpu_cells(record, list(dense), divisor)
+        cells += [last[1][record["length"]]] if last else []
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    return [*lines, "", _legend(measured)]
+
+
+def _has_times(record: Record) -> bool:
+    return any(entry["median_ms"] is not None for entry in record["methods"].values())
+
+
+def _gpu_cells(record: Record, dense: Sequence[str], divisor: int) -> list[str]:
+    """One length."""
+    empty: Record = {"median_ms": None, "failure": "not measured"}
+    entries = {name: record["dense"].get(name, empty) for name in dense}
+    entries |= {name: record["methods"].get(name, empty) for name in ("pbs", "pbs shared")}
+    timed = [entry for entry in entries.values() if entry["median_ms"] is not None]
+    counts = sorted({entry["num_samples"] for entry in timed})
+    spread = [100 * (entry["p80_ms"] - entry["p20_ms"]) / entry["median_ms"] for entry in timed]
+    shared, waits = entries["pbs shared"], shape_of(record) is not None
+    is_few = counts[0] < FEW_SAMPLES
+    is_cold = any(entry.get("is_warm") is False for entry in timed)
+    marks = f"{' (few)' if is_few else ''}{' (never warm)' if is_cold else ''}"
+    is_stated = record.get("is_published_density", density_at(record["length"])[1])
+    return [
+        f"{record['length']}",
+        f"{record['target_density']:.3f}{'' if is_stated else UNSTATED}",
+        f"{' to '.join(str(counts[end]) for end in ((0, -1) if len(counts) > 1 else (0,)))}{marks}",
+        f"{max(spread):.1f}" if counts[0] > 1 else "unknown",
+        *(_time_text(entry, divisor, waits) for entry in entries.values()),
+        *(_ratio_text(shared, name, waits) for name in dense),
+    ]
+
+
+def _time_text(entry: Record, divisor: int, has_wait: bool) -> str:
+    """The device's time, and in brackets what a caller waits, where that was measured."""
+    if entry["median_ms"] is None:
+        return str(entry["failure"])
+    wait = entry.get("wall_ms") if has_wait else None
+    waits = "" if wait is None else f" ({wait / divisor:.2f})"
+    return f"{entry['median_ms'] / divisor:.2f}{waits}"
+
+
+def _ratio_text(entry: Record, name: str, has_wait: bool) -> str:
+    """The ratio of the device's times, and in brackets that of what a caller waits."""
+    ratio = entry.get("speed_up", {}).get(name)
+    wait = entry.get("wall_speed_up", {}).get(name) if has_wait else None
+    return ("" if ratio is None else f"{ratio:.2f}x") + ("" if wait is None else f" ({wait:.2f}x)")
+
+
+def _legend(records: Sequence[Record]) -> str:
+    """What the columns mean, as far as they are there."""
+    entries = [e for r in records for e in (*r["dense"].values(), *r["methods"].values())]
+    waits = any(entry.get("wall_ms") is not None for entry in entries)
+    parts = [
+        "Samples: calls behind each number; fewer than "
+        f"{FEW_SAMPLES} are marked as few. Spread: the largest distance between 20th and 80th "
+        "percentile of a row's times, in % of the median."
+    ]
+    if shape_of(records[0]) is None:
+        parts.append("Times end when the first token is read.")
+    elif waits:
+        parts.append(
+            "Times are the device's own; in brackets what a caller waits for one synchronised call."
+        )
+    else:
+        parts.append("Times are the device's own; what a caller waits was not measured.")
+    if any(not r.get("is_published_density", density_at(r["length"])[1]) for r in records):
+        parts.append(f"{UNSTATED} The paper states no density here; that of 131072 tokens is used.")
+    return " ".join(parts)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,13 @@ from experiments.report import coverage_views, figures, tables, time_figures
 from experiments.report.missing import missing_table, nothing_yet
 from experiments.report.published import compared_scores, compared_times
 from experiments.report.runs import Group, Results
-from experiments.report.times import Times, all_times, break_even_table, timing_table
+from experiments.report.times import (
+    Times,
+    all_times,
+    break_even_table,
+    load_note,
+    timing_table,
+)
 
 # What a run's environment may differ in without being another environment.
 VARYING = ("time", "resumed_from", "earlier")
@@ -161,9 +167,13 @@ def _coverage(group: Group) -> Iterator[Block]:
 
 
 def _times(times: Times) -> Iterator[Block]:
-    yield Table(
-        timing_table(times), caption=f"Medians with 20th and 80th percentile, {times.device}."
+    caption = (
+        f"Medians with 20th and 80th percentile, {times.device}; waits: what a caller waits for "
+        "one synchronised call."
     )
+    yield Table(timing_table(times), caption=caption)
+    if note := load_note(times):
+        yield Text(note)
     yield from _drawn(time_figures.draw_breakdown, times, "stages of each method")
     yield from _drawn(time_figures.draw_speed_up, times, "speed-up against length")
     yield from _drawn(time_figures.draw_floor, times, "measured time over the floor")

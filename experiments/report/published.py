@@ -11,6 +11,7 @@ from experiments.published import TABLE7, PublishedRow, density_at
 from experiments.published_scores import FOLDER, compare_published, load_published
 from experiments.report.runs import Results
 from experiments.report.times import Times, all_times, committed_times, times_frame
+from experiments.speed.timing_report import marks_of
 
 # Heads of the paper's Table 7, and its dense kernel.
 TABLE7_SHAPE = "32/8/128"
@@ -119,7 +120,8 @@ def _beside(times: Times, published: dict[int, PublishedRow]) -> Iterator[dict[s
                 "variant": row.variant,
                 "density": f"{row.density:.3f}",
                 "FA2, ms": "" if dense_ms is None else f"{dense_ms:.2f}",
-                "ours, ms": f"{row.median_ms:.2f}",
+                "ours, ms": f"{row.median_ms:.2f} [{row.p20_ms:.2f}, {row.p80_ms:.2f}]",
+                "samples": f"{row.num_samples:.0f}{marks_of(row._asdict())}",
                 "ours over FA2": "" if dense_ms is None else f"{dense_ms / row.median_ms:.2f}x",
                 "published FA2, ms": f"{paper.dense_ms:.2f}",
                 "published PBS, ms": f"{paper.total_ms:.2f}",

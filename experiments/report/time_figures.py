@@ -67,7 +67,10 @@ def draw_breakdown(times: Times) -> Figure | str:
 
 
 def draw_speed_up(times: Times) -> Figure | str:
-    """Speed-up over the fastest dense kernel against length; rings mark break-even lengths."""
+    """Speed-up over the fastest dense kernel against length; rings mark break-even lengths.
+
+    Bars reach from the 20th to the 80th percentile of the ratios round by round.
+    """
     frame = _sparse(times)
     frame = frame[frame["speed_up_over_fastest"].notna()]
     if frame["length"].nunique() < 2:
@@ -91,7 +94,11 @@ def draw_speed_up(times: Times) -> Figure | str:
                 markeredgewidth=1.5,
                 zorder=4,
             )
-    figure.suptitle(f"{times.title}: speed-up over dense\n{times.device}", fontsize=12)
+    counts = frame["num_samples"]
+    heading = (
+        f"{times.title}: speed-up over dense, {counts.min():.0f} to {counts.max():.0f} samples"
+    )
+    figure.suptitle(f"{heading}\n{times.device}", fontsize=12)
     return figure
 
 
@@ -208,6 +215,9 @@ def _draw_lines(axes: Axes, frame: pd.DataFrame, column: str) -> None:
             label=f"dense {label}" if is_dense else label,
             zorder=3,
         )
+        if f"{column}_p20" in cells:
+            ends = cells.groupby("length")[[f"{column}_p20", f"{column}_p80"]].median()
+            axes.vlines(ends.index, *ends.to_numpy().T, color=look.colour, linewidth=1, zorder=2)
     axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=4)
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
-from experiments.config import ROOT
+from experiments.load import load_warning
 from experiments.report.runs import Group, Results
-from experiments.speed.timing_report import STAGES, break_evens, shape_of, table_rows
+from experiments.speed.result_folders import TIMED_PARTS, newest_folders, read_folder
+from experiments.speed.samples import without_cold_samples
+from experiments.speed.timing_report import STAGES, break_evens, marks_of, shape_of, table_rows
 from experiments.store import Record
-
-COMMITTED = ROOT / "experiments" / "results"
-# Parts of a committed ``results.json`` that hold times.
-PARTS = ("table7", "selection", "ttft")
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,8 @@ def times_of(group: Group) -> list[Times]:
     by_device: dict[str, list[Record]] = {}
     for run in group.runs:
         device = str(run.metrics.get("device"))
-        by_device.setdefault(device, []).extend(_complete(run.samples()))
+        warm = [without_cold_samples(record) for record in _complete(run.samples())]
+        by_device.setdefault(device, []).extend(warm)
     return [
         Times(group.title, device, tuple(records))
         for device, records in by_device.items()
@@ -55,32 +53,19 @@ def all_times(results: Results) -> list[Times]:
 def committed_times(folder: str | Path | None = None) -> list[Times]:
     """The times in ``experiments/results`` that come with the project, the newest of each device.
 
+    Cold samples are left out, see :mod:`experiments.speed.samples`.
+
     Args:
-        folder: one of its folders; default: the newest of every GPU.
+        folder: one of its folders; default: the newest of every device, whatever its name.
     """
-    folders = [Path(folder)] if folder is not None else newest_committed()
+    folders = newest_folders() if folder is None else [read_folder(Path(folder))]
     found = []
-    for path in folders:
-        results = json.loads((path / "results.json").read_text())
-        extra = path / "results_ttft.json"
-        parts = dict(results["parts"])
-        if extra.is_file():
-            parts |= json.loads(extra.read_text())["parts"]
-        device = results["environment"]["device"]
-        for part in PARTS:
-            records = tuple(_complete(parts.get(part, [])))
+    for one in folders:
+        for part in TIMED_PARTS:
+            records = tuple(_complete(one.parts.get(part, ())))
             if records:
-                found.append(Times(f"{part}, {path.name}", device, records))
+                found.append(Times(f"{part}, {one.path.name}", one.device, records))
     return found
-
-
-def newest_committed() -> list[Path]:
-    """Folders ``<device>_<date>`` of ``experiments/results``, the newest of each device."""
-    newest: dict[str, Path] = {}
-    for path in sorted(COMMITTED.glob("h*_*"), key=lambda path: path.name.rpartition("_")[2]):
-        if (path / "results.json").is_file():
-            newest[path.name.rpartition("_")[0]] = path
-    return list(newest.values())
 
 
 def times_frame(times: Times) -> pd.DataFrame:
@@ -98,23 +83,40 @@ def times_frame(times: Times) -> pd.DataFrame:
     frame["method"] = frame["variant"].str.partition(" ")[0]
     needed = ("median_ms", "floor_ms", "density", "coverage", "speed_up_over_fastest", "failure")
     needed += tuple(f"{stage}_ms" for stage in STAGES)
+    needed += ("wall_ms", "wall_p20_ms", "wall_p80_ms", "wall_speed_up_over_fastest")
+    needed += ("speed_up_over_fastest_p20", "speed_up_over_fastest_p80", "num_stage_samples")
     return frame.reindex(columns=[*frame.columns, *(n for n in needed if n not in frame)])
 
 
 def timing_table(times: Times) -> pd.DataFrame:
-    """Times in ms, formatted: median [p20, p80], how it compares, and what it did."""
+    """Times in ms, formatted: median [p20, p80], how it compares, and what it did.
+
+    "samples" are the calls behind a time, "waits" what a caller waits for one (empty where that was
+    not measured), "stage samples" the calls behind the stages.
+    """
     frame = times_frame(times)
     columns = {
         "tokens": frame["length"].astype(str),
         "heads": frame["shape"].fillna("model"),
         "variant": frame["variant"].where(frame["kind"] != "dense", "dense " + frame["variant"]),
         "ms": [
-            f"{_ms(row.median_ms)} [{_ms(row.p20_ms)}, {_ms(row.p80_ms)}]"
+            _interval(row.median_ms, row.p20_ms, row.p80_ms)
             if pd.notna(row.median_ms)
             else str(row.failure)
             for row in frame.itertuples()
         ],
-        "over fastest dense": _format(frame["speed_up_over_fastest"], "{:.2f}x"),
+        "samples": [_count(row) for row in frame.to_dict("records")],
+        "waits, ms": [
+            _interval(row.wall_ms, row.wall_p20_ms, row.wall_p80_ms) for row in frame.itertuples()
+        ],
+        "over fastest dense": [
+            _interval(ratio, low, high, "{:.2f}x".format)
+            for ratio, low, high in zip(
+                *(frame[f"speed_up_over_fastest{end}"] for end in ("", "_p20", "_p80")),
+                strict=True,
+            )
+        ],
+        "waiting, over fastest dense": _format(frame["wall_speed_up_over_fastest"], "{:.2f}x"),
         "density": _format(frame["density"], "{:.3f}"),
         "coverage": _format(frame["coverage"], "{:.3f}"),
         "times its floor": _format(frame["median_ms"] / frame["floor_ms"], "{:.1f}"),
@@ -122,6 +124,7 @@ def timing_table(times: Times) -> pd.DataFrame:
             f"{stage}, ms": ["" if pd.isna(ms) else _ms(ms) for ms in frame[f"{stage}_ms"]]
             for stage in STAGES
         },
+        "stage samples": _format(frame["num_stage_samples"], "{:.0f}"),
     }
     table = pd.DataFrame(columns).drop_duplicates(ignore_index=True)
     empty = [name for name in table if not (set(table[name]) - {"", "model"})]
@@ -150,14 +153,33 @@ def break_even_table(times: Times) -> pd.DataFrame | str:
         "break-even, tokens": where,
         "speed-up at the longest": frame["speed_up_at_longest"].map("{:.2f}x".format),
         "longest": frame["longest"],
+        "fewest samples a time": frame["fewest_samples"],
     }
     table = pd.DataFrame(columns)
     return table.drop(columns=[name for name in ("heads", "density") if table[name].isna().all()])
 
 
+def load_note(times: Times) -> str:
+    """A sentence if others kept the machine busy in some of the cells; "" if not."""
+    loads = [one["load"] for one in times.records if one.get("load") is not None]
+    return (load_warning(max(loads)) or "") if loads else ""
+
+
 def _ms(value: float) -> str:
     """Three digits, without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _interval(value: float, low: float, high: float, show: Callable[[float], str] = _ms) -> str:
+    """A value with its ends in brackets; "" if there is none."""
+    if pd.isna(value):
+        return ""
+    return show(value) + ("" if pd.isna(low) else f" [{show(low)}, {show(high)}]")
+
+
+def _count(row: Record) -> str:
+    """How many, and what to know before they are believed."""
+    return "" if pd.isna(row["median_ms"]) else f"{row['num_samples']:.0f}{marks_of(row)}"
 
 
 def _format(values: pd.Series, pattern: str) -> list[str]:
