@@ -44,11 +44,13 @@ class ResultFolder:
         path: the folder.
         environment: of its ``results.json``, or of the first file there is.
         parts: records by part, cold samples left out; each says the commit it was measured with.
+        methods: "method" and "params" of each label; empty for results that do not say.
     """
 
     path: Path
     environment: Mapping[str, Any] = field(repr=False)
     parts: Mapping[str, Sequence[Record]] = field(repr=False)
+    methods: Mapping[str, Mapping[str, Any]] = field(repr=False)
 
     @property
     def device(self) -> str:
@@ -83,7 +85,8 @@ def read_folder(path: Path) -> ResultFolder:
                 add_record(parts.setdefault(part, []), {"commit": commit, **record})
     for part in TIMED_PARTS:
         parts[part] = [without_cold_samples(record) for record in parts.get(part, ())]
-    return ResultFolder(path, found[0]["environment"], parts)
+    methods = {label: method for one in found for label, method in one.get("methods", {}).items()}
+    return ResultFolder(path, found[0]["environment"], parts, methods)
 
 
 def add_record(records: list[Record], record: Record) -> None:

@@ -11,8 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pbs.methods.crossover import find_crossover
-from pbs.methods.names import METHODS
+from pbs.methods.crossover import find_crossover, setting_of
 from pbs.ops.block_sparse_attention import Backend, block_sparse_attention
 from pbs.ops.dense import dense_attention
 from pbs.ops.grid import BlockGrid, Geometry
@@ -75,8 +74,9 @@ class AttentionMethod(ABC):
             "auto", "reference", "cpu", "triton" or "hopper".
         dense_below: calls with fewer keys run dense, where selecting costs more than it saves; such
             calls are recorded as dense. 0: the method always decides itself. "auto": what was
-            measured for this device, method and head shape (:mod:`pbs.methods.crossover`); results
-            then depend on the device, so ask for it where speed is what counts.
+            measured for this device, head shape and method at this very setting, at the density it
+            then had by itself (:mod:`pbs.methods.crossover`); results then depend on the device, so
+            ask for it where speed is what counts.
 
     ``knob`` is the parameter by which methods are compared at equal density or coverage; None if
     there is none.
@@ -213,10 +213,7 @@ class AttentionMethod(ABC):
         if isinstance(self.dense_below, int):
             is_short = k.shape[2] < self.dense_below
             return f"fewer keys than dense_below={self.dense_below}" if is_short else ""
-        name = METHODS.name_of(type(self)) or type(self).__name__
-        if getattr(self, "gqa", "") == "shared":
-            name += " shared"
-        found = find_crossover(q.device, q.shape[1], k.shape[1], q.shape[3], name)
+        found = find_crossover(q.device, q.shape[1], k.shape[1], q.shape[3], setting_of(self))
         if found is None or k.shape[2] >= found.min_keys:
             return ""
         return f"fewer keys than the measured crossover {found.min_keys}"
