@@ -161,9 +161,10 @@ def _time(entry: Record) -> str:
     """Median, percentiles, count, what a caller waits, and what to know before believing it."""
     if entry["median_ms"] is None:
         return f"none ({entry['failure']})"
-    ends = f"[{_ms(entry['p20_ms'])}, {_ms(entry['p80_ms'])}]"
+    has_ends = entry["p20_ms"] is not None
+    ends = f" [{_ms(entry['p20_ms'])}, {_ms(entry['p80_ms'])}]" if has_ends else ""
     waits = f", waits {_ms(entry['wall_ms'])}" if entry.get("wall_ms") is not None else ""
-    return f"{_ms(entry['median_ms'])} {ends} n={entry['num_samples']}{waits}{marks_of(entry)}"
+    return f"{_ms(entry['median_ms'])}{ends} n={entry['num_samples']}{waits}{marks_of(entry)}"
 
 
 def _ms(value: float | None) -> str:

@@ -7,9 +7,11 @@ from typing import Any
 
 from experiments.compare import dense_runs, describe, samples_of
 from experiments.config import RunConfig
+from experiments.load import mean_load
 from experiments.pairing import pair_records
 from experiments.run_environments import AGAIN, differing_parts, environments_in, environments_of
 from experiments.store import Record, RunStore
+from experiments.time_ratios import compare_paired_times
 
 TIME = "prefill_seconds"
 
@@ -28,8 +30,10 @@ def compare_times(cfg: RunConfig, store: RunStore, length: int | None) -> dict[s
         length: the times of which length, in tokens; None for all samples.
 
     Returns:
-        ``speed_up`` with ``speed_up_over`` (the dense run's label) and ``speed_up_hash``, or
-        ``no_speed_up`` (a sentence); nothing for a run without times, or where no dense run is.
+        ``speed_up`` with its interval (:func:`experiments.time_ratios.compare_paired_times`),
+        ``speed_up_over`` (the dense run's label), ``speed_up_hash``, and how busy others kept the
+        machine, ``load`` and ``dense_load``; or ``no_speed_up`` (a sentence); nothing for a run
+        without times, or where no dense run is.
     """
     from experiments.statistics import quantiles
 
@@ -51,12 +55,20 @@ def compare_times(cfg: RunConfig, store: RunStore, length: int | None) -> dict[s
             reasons.append(f"{label} {_difference(ours, theirs)}")
             continue
         seconds = quantiles([partner[TIME] for partner in partners]).median
-        found.append((seconds, dense.folder.name, describe(dense_cfg.method)))
+        found.append((seconds, dense.folder.name, describe(dense_cfg.method), partners))
     if not found:
         return {"no_speed_up": "; ".join(reasons)} if reasons else {}
-    seconds, digest, label = min(found)
-    speed_up = seconds / quantiles([record[TIME] for record in timed]).median
-    return {"speed_up": speed_up, "speed_up_over": label, "speed_up_hash": digest}
+    _, digest, label, partners = min(found, key=lambda entry: entry[:2])
+    if digest == store.folder.name:
+        return {"speed_up": 1.0, "speed_up_over": label, "speed_up_hash": digest}
+    paired = compare_paired_times(*([one[TIME] for one in side] for side in (partners, timed)))
+    return {
+        **paired,
+        "speed_up_over": label,
+        "speed_up_hash": digest,
+        "load": mean_load(timed),
+        "dense_load": mean_load(partners),
+    }
 
 
 def _is_timed(record: Record, length: int | None) -> bool:

@@ -40,7 +40,10 @@ COLUMNS = (
     "density",
     "coverage",
     "speed_up",
+    "speed_up_low",
+    "speed_up_high",
     "speed_up_at",
+    "load",
     "num_samples",
     "partial",
     "seed",
@@ -61,7 +64,9 @@ def make_leaderboard(results: Results) -> tuple[pd.DataFrame, list[str]]:
 
     Columns ``COLUMNS``. ``score`` is the accuracy or the bench's own score, 0 to 100 (empty for
     benches of times and coverage), ``density`` and ``coverage`` are shares, ``speed_up`` is over
-    dense attention on the same device at ``speed_up_at`` tokens.
+    dense attention on the same device at ``speed_up_at`` tokens, from ``speed_up_low`` to
+    ``speed_up_high`` (95 % over samples that both timed; percentiles over rounds for benches of
+    times). ``load`` is the share of the processors that other processes kept busy meanwhile.
     """
     rows, refused = [], [f"{problem.folder}: {problem.reason}" for problem in _broken(results)]
     for group in results.groups:
@@ -180,7 +185,7 @@ def _row(group: Group, run: Run, row: Row) -> dict[str, Any]:
         else "score",
         "density": row.get("density"),
         "coverage": row.get("coverage"),
-        "speed_up": row.get("speed_up"),
+        **{key: row.get(key) for key in ("speed_up", "speed_up_low", "speed_up_high", "load")},
         "speed_up_at": row.get("timed_length") if row.get("speed_up") else None,
         "num_samples": row.get("num_samples"),
         "partial": bool(run.metrics.get("partial")),

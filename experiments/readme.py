@@ -28,7 +28,7 @@ from experiments.speed.result_folders import ResultFolder, newest_folders, read_
 from experiments.speed.samples import FEW_SAMPLES
 from experiments.speed.timing_report import shape_of
 from experiments.store import Record
-from experiments.table import Row, format_columns, title_of, to_markdown
+from experiments.table import Row, format_columns, reading_notes, title_of, to_markdown
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "experiments" / "results"
@@ -93,7 +93,14 @@ def needle_table(outputs: Path) -> str:
     shutil.copy(ours.folder / "attention_map.png", docs / "attention_map.png")
     title = title_of(ours.folder.parent.parent, rows)
     device = ours.environment["device"]
-    return f"{title}\n\n{to_markdown(format_columns(rows))}\n\nOn {device}.\n"
+    notes = [f"On {device}{_busy(rows)}.", *(f"{note}." for note in reading_notes(rows))]
+    return f"{title}\n\n{to_markdown(format_columns(rows))}\n\n{' '.join(notes)}\n"
+
+
+def _busy(rows: Sequence[Row]) -> str:
+    """How much of the processors other processes took at most, as far as that is known."""
+    loads = [row["load"] for row in rows if row.get("load") is not None]
+    return f", other processes on {max(loads):.0%} of the processors" if loads else ""
 
 
 def demo_runs(results: Results) -> list[tuple[Run, Row]]:
@@ -181,7 +188,11 @@ def _gpu_cells(record: Record, dense: Sequence[str], divisor: int) -> list[str]:
     entries |= {name: record["methods"].get(name, empty) for name in ("pbs", "pbs shared")}
     timed = [entry for entry in entries.values() if entry["median_ms"] is not None]
     counts = sorted({entry["num_samples"] for entry in timed})
-    spread = [100 * (entry["p80_ms"] - entry["p20_ms"]) / entry["median_ms"] for entry in timed]
+    spread = [
+        100 * (entry["p80_ms"] - entry["p20_ms"]) / entry["median_ms"]
+        for entry in timed
+        if entry["num_samples"] > 1 and entry["p20_ms"] is not None
+    ]
     shared, waits = entries["pbs shared"], shape_of(record) is not None
     is_few = counts[0] < FEW_SAMPLES
     is_cold = any(entry.get("is_warm") is False for entry in timed)
@@ -191,7 +202,7 @@ def _gpu_cells(record: Record, dense: Sequence[str], divisor: int) -> list[str]:
         f"{record['length']}",
         f"{record['target_density']:.3f}{'' if is_stated else UNSTATED}",
         f"{' to '.join(str(counts[end]) for end in ((0, -1) if len(counts) > 1 else (0,)))}{marks}",
-        f"{max(spread):.1f}" if counts[0] > 1 else "unknown",
+        f"{max(spread):.1f}" if len(spread) == len(timed) else "unknown",
         *(_time_text(entry, divisor, waits) for entry in entries.values()),
         *(_ratio_text(shared, name, waits) for name in dense),
     ]

@@ -19,6 +19,7 @@ from experiments.console import SampleProgress, log_to, show_messages
 from experiments.distributed import join_ranks
 from experiments.environment import describe_environment
 from experiments.failures import describe_failure, explain_failure, release_after_failure
+from experiments.load import LoadMeter, mean_load
 from experiments.matched import Calibration, calibrate
 from experiments.models import LoadedModel, load_model
 from experiments.run_environments import environments_of
@@ -233,7 +234,8 @@ def _measure(
 
         def add(record: Record) -> None:
             nonlocal num_done
-            record = {"environment": environment, **record}  # a worker's own goes before
+            # What a worker or a bench says of its own goes before.
+            record = {"environment": environment, "load": meter.lap(), **record}
             appender.append(record)
             num_done += 1
             tracker.log_sample(record, num_done)
@@ -248,11 +250,13 @@ def _measure(
             announce=lambda total: progress.start(total, len(done)),
             add=add,
         )
+        meter = LoadMeter()
         bench.run(context)
     records = store.samples()
     results = {
         "samples_digest": store.samples_digest(),
         "environments": environments_of(records),
+        "load": mean_load(records),
         "partial": bench.is_partial,
         "seconds": sum(record.get("seconds", 0.0) for record in records),
         "results": bench.summarise(records),

@@ -127,5 +127,6 @@ def _track(
         config={"cells": [cell.name for cell in cells]},
     )
     quantity = "speed_up" if any(row.get("is_timing") for row in rows) else "accuracy"
-    numbers = {f"{quantity}/{row['label']}": row.get(quantity) for row in rows}
+    shown = (quantity, f"{quantity}_low", f"{quantity}_high")
+    numbers = {f"{name}/{row['label']}": row.get(name) for row in rows for name in shown}
     tracker.finish(numbers, table=rows, pictures=pictures)

@@ -22,7 +22,8 @@ from experiments.compare import (
 )
 from experiments.config import RunConfig, digest
 from experiments.dense_times import compare_times
-from experiments.speed.timing_table import timing_columns, timing_numbers
+from experiments.load import load_warning
+from experiments.speed.timing_table import speed_up_text, timing_columns, timing_numbers
 from experiments.store import RunStore, write_atomically
 
 Row = dict[str, Any]
@@ -82,7 +83,7 @@ def _row(folder: Path, cfg: RunConfig) -> Row:
         *("num_samples", "score", "accuracy", "accuracy_low", "accuracy_high"),
         *("density", "coverage"),
     )
-    row |= {key: results["total"].get(key) for key in totals}
+    row |= {key: results["total"].get(key) for key in totals} | {"load": metrics.get("load")}
     row |= {"timed_length": length}
     times = ("prefill_seconds", "prefill_p20", "prefill_p80", "no_time")
     row |= {key: timed.get(key) for key in times}
@@ -227,7 +228,7 @@ def _time(row: Row) -> str:
 
 def _speed_up(row: Row) -> str:
     if row.get("speed_up"):
-        return f"{row['speed_up']:.2f}x"
+        return speed_up_text(row)
     return "–" if row.get("no_speed_up") or row.get("no_time") else ""
 
 
@@ -243,7 +244,9 @@ def reading_notes(rows: Sequence[Row]) -> list[str]:
     if over:
         notes.append(
             f"speed-up: over {' or '.join(over)}, the fastest dense run of the same device and "
-            "environment that timed the same samples"
+            "environment that timed the same samples; the median of the ratios sample by sample, "
+            "its 95 % interval (order statistics) and the number of samples; what changed between "
+            "the two runs is not in it"
         )
     answering = [row for row in rows if row.get("num_samples") and not row.get("is_timing")]
     if len({row["sample_set"] for row in answering}) > 1:
@@ -273,6 +276,11 @@ def _remarks(row: Row) -> list[str]:
             f"its samples come from {row['num_environments']} environments (env.json; each sample "
             "names its own)"
         )
+    if not row.get("is_timing"):
+        for name in ("load", "dense_load"):
+            warning = load_warning(row.get(name))
+            of = "" if name == "load" else "in the dense run "
+            texts += [f"{of}{warning}"] if warning else []
     if row.get("no_time") and not row.get("is_timing"):  # timing_notes says it there
         texts.append(f"no time: {row['no_time']}")
     elif row.get("no_speed_up"):

@@ -9,6 +9,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Processes that tests start share the cores with xdist's workers: more threads only wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Runs in this process, where torch is loaded first, and in those are then of one environment.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # No test reaches a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -23,6 +23,7 @@ from experiments.report.times import (
     load_note,
     timing_table,
 )
+from experiments.table import reading_notes
 
 # What a run's environment may differ in without being another environment.
 VARYING = ("time", "resumed_from", "earlier")
@@ -142,6 +143,8 @@ def _overview(results: Results) -> Iterator[Block]:
 
 def _answers(group: Group) -> Iterator[Block]:
     yield Table(tables.score_table(group), caption=_measured_on(group))
+    for note in reading_notes(group.rows):
+        yield Text(f"{note}.")
     yield from _drawn(figures.draw_pareto, group, "accuracy against density and prefill time")
     yield from _drawn(figures.draw_differences, group, "paired differences to dense attention")
     if any(row.get("coverage") is not None for row in group.rows):

@@ -10,7 +10,7 @@ import pandas as pd
 from experiments.published import TABLE7, PublishedRow, density_at
 from experiments.published_scores import FOLDER, compare_published, load_published
 from experiments.report.runs import Results
-from experiments.report.times import Times, all_times, committed_times, times_frame
+from experiments.report.times import Times, all_times, committed_times, interval_text, times_frame
 from experiments.speed.timing_report import marks_of
 
 # Heads of the paper's Table 7, and its dense kernel.
@@ -120,7 +120,7 @@ def _beside(times: Times, published: dict[int, PublishedRow]) -> Iterator[dict[s
                 "variant": row.variant,
                 "density": f"{row.density:.3f}",
                 "FA2, ms": "" if dense_ms is None else f"{dense_ms:.2f}",
-                "ours, ms": f"{row.median_ms:.2f} [{row.p20_ms:.2f}, {row.p80_ms:.2f}]",
+                "ours, ms": interval_text(row.median_ms, row.p20_ms, row.p80_ms, "{:.2f}".format),
                 "samples": f"{row.num_samples:.0f}{marks_of(row._asdict())}",
                 "ours over FA2": "" if dense_ms is None else f"{dense_ms / row.median_ms:.2f}x",
                 "published FA2, ms": f"{paper.dense_ms:.2f}",

@@ -100,17 +100,18 @@ def timing_table(times: Times) -> pd.DataFrame:
         "heads": frame["shape"].fillna("model"),
         "variant": frame["variant"].where(frame["kind"] != "dense", "dense " + frame["variant"]),
         "ms": [
-            _interval(row.median_ms, row.p20_ms, row.p80_ms)
+            interval_text(row.median_ms, row.p20_ms, row.p80_ms)
             if pd.notna(row.median_ms)
             else str(row.failure)
             for row in frame.itertuples()
         ],
         "samples": [_count(row) for row in frame.to_dict("records")],
         "waits, ms": [
-            _interval(row.wall_ms, row.wall_p20_ms, row.wall_p80_ms) for row in frame.itertuples()
+            interval_text(row.wall_ms, row.wall_p20_ms, row.wall_p80_ms)
+            for row in frame.itertuples()
         ],
         "over fastest dense": [
-            _interval(ratio, low, high, "{:.2f}x".format)
+            interval_text(ratio, low, high, "{:.2f}x".format)
             for ratio, low, high in zip(
                 *(frame[f"speed_up_over_fastest{end}"] for end in ("", "_p20", "_p80")),
                 strict=True,
@@ -170,7 +171,7 @@ def _ms(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _interval(value: float, low: float, high: float, show: Callable[[float], str] = _ms) -> str:
+def interval_text(value: float, low: float, high: float, show: Callable[[float], str] = _ms) -> str:
     """A value with its ends in brackets; "" if there is none."""
     if pd.isna(value):
         return ""

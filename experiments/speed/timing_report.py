@@ -246,7 +246,9 @@ def draw_speed_up(records: Sequence[Record], path: Path) -> list[Path]:
     for label, points in lines.items():
         lengths, values, low, high = zip(*sorted(points), strict=True)
         (line,) = axes.plot(lengths, values, marker="o", label=label)
-        axes.vlines(lengths, low, high, color=line.get_color(), linewidth=1)
+        for length, *ends in zip(lengths, low, high, strict=True):
+            if None not in ends:
+                axes.vlines(length, *ends, color=line.get_color(), linewidth=1)
     axes.axhline(1.0, color="grey", linewidth=0.8)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("tokens")
@@ -289,7 +291,8 @@ def _line(record: Record, row: Record) -> str:
     tflops = row.get("attention_tflops", row.get("tflops"))
     reason = f"  ran dense: {row['dense_reason']}" if row.get("dense_reason") else ""
     return (
-        f"{start} {row['median_ms']:9.3f} {row['p20_ms']:9.3f} {row['p80_ms']:9.3f} "
+        f"{start} {row['median_ms']:9.3f} {_number(row.get('p20_ms'), 9, 3)} "
+        f"{_number(row.get('p80_ms'), 9, 3)} "
         f"{row['num_samples']:3d} {_number(row.get('wall_ms'), 9, 3)} "
         f"{_number(row.get('floor_ms'), 8, 3)} {_number(stages['order'], 7, 3)} "
         f"{_number(stages['selection'], 7, 3)} {_number(stages['gather'], 7, 3)} "

@@ -222,12 +222,12 @@ def _differs(row: Row) -> bool:
 
 
 def _waits(rows: Sequence[Row]) -> dict[str, list[str]]:
-    waits = [
-        f"{row['wall_ms']:.4g} [{row['wall_p20_ms']:.4g}, {row['wall_p80_ms']:.4g}]"
-        if row.get("wall_ms") is not None
-        else ""
-        for row in rows
-    ]
+    waits = []
+    for row in rows:
+        ends = [row.get(f"wall_{name}_ms") for name in ("p20", "p80")]
+        brackets = "" if None in ends else f" [{', '.join(f'{end:.4g}' for end in ends)}]"
+        wait = row.get("wall_ms")
+        waits.append("" if wait is None else f"{wait:.4g}{brackets}")
     ratios = [_number(row, "wall_speed_up", "{:.2f}x") for row in rows]
     return {"waits, ms": waits, "speed-up of waiting": ratios}
 

@@ -101,7 +101,7 @@ def table(folder):
 
 
 def is_a_time(column):
-    return any(word in column for word in ("prefill", "seconds", "speed_up", "path"))
+    return any(word in column for word in ("prefill", "seconds", "speed_up", "load", "path"))
 
 
 def commands_of_the_page():
