@@ -97,3 +97,11 @@ def test_the_command_says_what_it_left_out(tmp_path, capsys):
     assert "2 cold calls left out" in capsys.readouterr().out
     assert (tmp_path / "break_even.csv").exists()
     assert COMMITTED.is_dir()
+
+
+def test_no_committed_speed_up_of_runs_made_one_after_another_lacks_its_interval():
+    """The same setting was 1.33x in one place and 1.05x in another."""
+    for path in COMMITTED.glob("needle*/*.csv"):
+        heading = path.read_text().splitlines()[0].split(",")
+        assert "density" in heading
+        assert "speed_up" not in heading or "speed_up_low" in heading
