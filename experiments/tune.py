@@ -82,9 +82,12 @@ def fastest(options: list[Options], attend: Callable[[Options], Tensor], effort:
             correct[str(option)] = option
     calls = {name: lambda _, o=option: attend(o) for name, option in correct.items()}
     times = time_interleaved(calls, device=expected.device, effort=effort)
-    medians = {name: t.median_ms for name, t in times.items() if isinstance(t, Timing)}
-    for name, median in medians.items():
-        print(f"  {name}: {median:.3f} ms")  # noqa: T201 - progress of a tool
+    found = {name: time for name, time in times.items() if isinstance(time, Timing)}
+    medians = {name: time.median_ms for name, time in found.items()}
+    for name, time in found.items():
+        low, high = min(time.samples_ms), max(time.samples_ms)
+        spread = f"{low:.3f} to {high:.3f}, {len(time.samples_ms)} calls"
+        print(f"  {name}: {medians[name]:.3f} ms ({spread})")  # noqa: T201 - progress of a tool
     return correct[min(medians, key=medians.__getitem__)]
 
 

@@ -58,7 +58,7 @@ class TtftBench(Bench):
     num_texts: int = 2
     dense: list[str] | None = None
     seconds: float = 20.0
-    min_rounds: int = 3
+    min_rounds: int = 5
     max_rounds: int = 30
 
     def __post_init__(self) -> None:
