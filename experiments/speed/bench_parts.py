@@ -20,9 +20,11 @@ from experiments.speed.timing import Effort
 # Samples of every variant at least: many up to a length, for whole models a shorter one, few above.
 MANY_ROUNDS, FEW_ROUNDS, MOST_ROUNDS = 10, 5, 20
 MANY_UP_TO = {"table7": 65536, "selection": 65536, "ttft": 32768}
-# A round of all variants in dense calls at ``PREDICTED_FLOPS``, as measured on an H100; a round at
-# the level of an op calls each of them twice, for the device's time and the wait.
-CALLS_PER_ROUND = {"table7": 2 * 2.7, "selection": 2 * 6.4, "ttft": 2.7}
+# A round of all variants in dense calls at ``PREDICTED_FLOPS``, as measured on an H100. At the
+# level of an op a round calls each of them twice, for the device's time and the wait, unless calls
+# are long (``timing.LONG_CALL_MS``).
+CALLS_PER_ROUND = {"table7": 2.7, "selection": 6.4, "ttft": 2.7}
+CALLED_TWICE_UP_TO = {"table7": 262144, "selection": 262144, "ttft": 0}
 # Rounds' worth of calls before the first that counts: the gate, compilers, warm-up.
 ROUNDS_BEFORE = 2.5
 
@@ -34,7 +36,8 @@ def fewest_rounds(part: str, length: int) -> int:
 
 def num_calls(part: str, length: int) -> float:
     """Dense calls' worth of work of a cell, for predicting its time."""
-    return CALLS_PER_ROUND[part] * (fewest_rounds(part, length) + ROUNDS_BEFORE)
+    times = 2 if length <= CALLED_TWICE_UP_TO[part] else 1
+    return CALLS_PER_ROUND[part] * (times * fewest_rounds(part, length) + ROUNDS_BEFORE)
 
 
 def _effort(part: str, length: int, seconds: float) -> Effort:

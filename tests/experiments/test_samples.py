@@ -1,5 +1,6 @@
 """What samples say: warm-up, cold samples of records, ratios round by round, counts in tables."""
 
+import pytest
 import torch
 
 from experiments.speed.samples import FEW_SAMPLES, num_cold, without_cold_samples
@@ -146,3 +147,58 @@ def test_a_caller_who_waits_has_a_speed_up_of_his_own():
     found = without_cold_samples(one)["methods"]["pbs"]
     assert found["speed_up_over_fastest"] == 2.0
     assert found["wall_speed_up_over_fastest"] == 0.5
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A device that writes down what it is asked for, and says 3 ms."""
+    log = []
+
+    class Event:
+        def __init__(self, **_):
+            pass
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("wait for event")
+
+        def elapsed_time(self, _):
+            return 3.0
+
+    class Scratch:
+        def zero_(self):
+            log.append("flush")
+
+    monkeypatch.setattr("experiments.speed.timing.torch.empty", lambda *_, **__: Scratch())
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda *_: log.append("synchronise"))
+    monkeypatch.setattr("torch.cuda._sleep", lambda *_: log.append("hold"))
+    return log
+
+
+def test_a_gpu_is_held_for_its_own_time_and_idle_before_a_wait(gpu):
+    held, waiting = Stopwatch("cuda", holds=True), Stopwatch("cuda")
+    assert held(lambda: gpu.append("call")) == 3.0
+    assert gpu == ["flush", "hold", "record", "call", "record", "wait for event"]
+    assert held.wall_ms is None
+    gpu.clear()
+    assert waiting(lambda: gpu.append("call")) == 3.0
+    assert gpu == ["flush", "synchronise", "record", "call", "record", "wait for event"]
+    assert 0 <= waiting.host_ms <= waiting.wall_ms < 3.0
+
+
+def test_short_calls_are_measured_twice_and_long_ones_once(gpu, monkeypatch):
+    calls = {"dense": lambda _: gpu.append("call"), "method": lambda _: gpu.append("call")}
+    effort = Effort(1e-9, 5, 9)
+    found = time_interleaved(calls, device="cuda", effort=effort, holds=True)
+    assert all(len(one.samples_ms) == len(one.wall_samples_ms) == 5 for one in found.values())
+    assert gpu.count("hold") == 2 * (2 + 5)
+    assert gpu.count("synchronise") == 2 * 5
+    gpu.clear()
+    monkeypatch.setattr("experiments.speed.timing.LONG_CALL_MS", 2.0)
+    found = time_interleaved(calls, device="cuda", effort=effort, holds=True)
+    assert gpu.count("hold") == 2 * 2  # the warm-up
+    assert gpu.count("call") == 2 * (2 + 5)
+    assert all(len(one.wall_samples_ms) == 5 for one in found.values())
