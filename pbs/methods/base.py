@@ -16,7 +16,7 @@ from pbs.methods.names import METHODS
 from pbs.ops.block_sparse_attention import Backend, block_sparse_attention
 from pbs.ops.dense import dense_attention
 from pbs.ops.grid import BlockGrid, Geometry
-from pbs.ops.inputs import check_attention_inputs
+from pbs.ops.inputs import check_attention_inputs, needs_gradient, refuse_gradient
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.stages import stage
 
@@ -163,10 +163,14 @@ class AttentionMethod(ABC):
             ValueError: shapes or devices do not fit each other or the geometry, or the scale is not
                 positive.
             TypeError: dtypes differ, or a tensor or the geometry is something else.
+            NotImplementedError: grad mode is on, q, k or v requires a gradient, and the plan is
+                sparse: only backend "reference" has its gradients. Dense plans have theirs.
         """
         if torch.compiler.is_compiling() and geometry is None:
             from pbs import compiled  # which loads the compiler
 
+            if needs_gradient(q, k, v):
+                return compiled.outside(self, q, k, v, scale=scale, layer_idx=layer_idx)
             out: Tensor = compiled.attention(q, k, v, compiled.handle_of(self), scale, layer_idx)
             return out
         check_attention_inputs(q, k, v)
@@ -199,8 +203,11 @@ class AttentionMethod(ABC):
             grid = BlockGrid(q.shape[2], k.shape[2], 128, 128)
             plan = AttentionPlan.dense(grid, q.shape[0], q.shape[1], device=q.device, reason=reason)
         else:
-            with stage("selection"):
+            # What is selected is no function that has a gradient.
+            with stage("selection"), torch.no_grad():
                 plan = self.plan(q, k, scale=scale, layer_idx=layer_idx)
+        if not plan.is_dense and self.backend != Backend.REFERENCE.value:
+            refuse_gradient(q, k, v)  # before the call is recorded as one that ran
         if self.recorder is not None:
             self.recorder(CallRecord(layer_idx, q, k, scale, plan))
         if plan.is_dense:

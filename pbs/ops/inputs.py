@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -60,3 +61,30 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor | None = None) -> Non
             f"more queries than keys: got {q.shape[2]} and {k.shape[2]}; keys must include the "
             "queries' own tokens"
         )
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd, backward or forward, follows what is computed from these tensors."""
+    return any(_is_followed(tensor) for tensor in tensors)
+
+
+def refuse_gradient(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse tensors whose gradient a kernel without a backward pass would lose.
+
+    Raises:
+        NotImplementedError: grad mode is on and one of them requires a gradient.
+    """
+    names = [name for name, x in zip("qkv", (q, k, v), strict=True) if _is_followed(x)]
+    if names:
+        raise NotImplementedError(
+            "the block-sparse kernels compute no gradients, and grad mode is on while "
+            f"{', '.join(names)} {'requires' if len(names) == 1 else 'require'} one: call them "
+            "inside torch.inference_mode() or torch.no_grad(), or with backend='reference', whose "
+            "gradients are right (it needs N x N memory)"
+        )
+
+
+def _is_followed(tensor: Tensor) -> bool:
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return True
+    return forward_ad.unpack_dual(tensor).tangent is not None

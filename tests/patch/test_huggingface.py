@@ -517,12 +517,6 @@ def test_output_attentions_is_refused():
         patched_llama()(random_ids(1, 60), output_attentions=True)
 
 
-def test_training_is_refused():
-    model = patched_llama().train()
-    with torch.enable_grad(), pytest.raises(NotImplementedError, match="training mode"):
-        model(random_ids(1, 60))
-
-
 class Attention(torch.nn.Module):
     """Stands for an attention layer in direct calls."""
 

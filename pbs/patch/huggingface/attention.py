@@ -15,6 +15,7 @@ from pbs.methods import AttentionMethod, build_method
 from pbs.methods.base import CallRecord
 from pbs.ops.dense import dense_attention, dense_decode
 from pbs.ops.grid import Geometry
+from pbs.ops.inputs import needs_gradient
 from pbs.patch.huggingface.masks import PaddingMask, agreed_window, read_mask
 from pbs.patch.huggingface.refusals import refuse_packed, refuse_unsupported
 from pbs.patch.huggingface.report import LayerCounter
@@ -92,13 +93,16 @@ def attention_forward(
         ``[Z, Nq, Hq, Dv]``, contiguous, and None (no attention weights are ever formed).
 
     Raises:
-        NotImplementedError: the layer asks for something this function does not compute.
+        NotImplementedError: the layer asks for something this function does not compute; grad mode
+            is on, query, key or value requires a gradient, and the method's plan is sparse. Dense
+            calls and backend "reference" have their gradients.
         ValueError: the mask does not fit the queries and keys.
     """
+    followed = (query, key, value) if s_aux is None else (query, key, value, s_aux)
     settings = (scaling, dropout, sliding_window, softcap, s_aux, position_ids, is_causal)
-    if torch.compiler.is_compiling() and attention_mask is None:
+    if torch.compiler.is_compiling() and attention_mask is None and not needs_gradient(*followed):
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        refuse_unsupported(module, query, dropout, is_causal, kwargs)
+        refuse_unsupported(module, dropout, is_causal, kwargs)
         handle = compiled.handle_of(module)
         return patched_attention(query, key, value, handle, *settings[:1], *settings[2:]), None
     return _attend(module, query, key, value, attention_mask, *settings, kwargs)
@@ -145,7 +149,8 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:  # noqa:
     return query.new_empty(batch, num_queries, num_heads, value.shape[3])
 
 
-# Padded batches: how the mask is laid out is read back, once per forward, which no graph holds.
+# How the mask of a padded batch is laid out is read back, once per forward, which no graph holds;
+# nor does one hold a call that needs a gradient, which the operator above does not have.
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def _attend(
     module: nn.Module,
@@ -168,7 +173,7 @@ def _attend(
     if is_causal is None or query.shape[2] == 1 or isinstance(attention_mask, PaddingMask):
         # Some models say False whenever they pass a mask; a mask of ours is known to be causal.
         is_causal = getattr(module, "is_causal", True)
-    refuse_unsupported(module, query, dropout, is_causal, kwargs)
+    refuse_unsupported(module, dropout, is_causal, kwargs)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     head_dim = value.shape[3]
     value = _pad_head_dim(value, query.shape[3], module)

@@ -25,7 +25,6 @@ _HARMLESS = frozenset(
 
 def refuse_unsupported(
     module: nn.Module,
-    query: Tensor,
     dropout: float,
     is_causal: bool,
     kwargs: dict[str, Any],
@@ -39,12 +38,8 @@ def refuse_unsupported(
         )
     if dropout > 0:
         raise NotImplementedError(
-            f"{name} asks for attention dropout {dropout}; pbs attention is for inference: call "
-            "model.eval()"
-        )
-    if module.training and torch.is_grad_enabled() and query.requires_grad:
-        raise NotImplementedError(
-            f"{name} is in training mode; pbs attention has no backward pass: call model.eval()"
+            f"{name} asks for attention dropout {dropout}; pbs attention drops nothing: "
+            "call model.eval()"
         )
     for key, value in kwargs.items():
         if value is None or value is False or key in _HARMLESS:
