@@ -40,6 +40,9 @@ class CallRecord:
     plan: AttentionPlan
 
 
+Recorder = Callable[[CallRecord], None]
+
+
 @dataclass(frozen=True)
 class Knob:
     """The parameter that trades accuracy for speed, for comparisons at equal density or coverage.
@@ -78,6 +81,8 @@ class AttentionMethod(ABC):
             measured for this device, method and head shape (:mod:`pbs.methods.crossover`); results
             then depend on the device, so ask for it where speed is what counts.
 
+    ``recorder`` is no parameter: a function set on it hears every call, in whatever thread.
+
     ``knob`` is the parameter by which methods are compared at equal density or coverage; None if
     there is none.
     """
@@ -86,9 +91,7 @@ class AttentionMethod(ABC):
 
     backend: str = "auto"
     dense_below: int | str = 0
-    recorder: Callable[[CallRecord], None] | None = field(
-        default=None, init=False, repr=False, compare=False
-    )
+    recorder: Recorder | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the parameters; subclasses call ``super().__post_init__()`` first."""
@@ -144,6 +147,7 @@ class AttentionMethod(ABC):
         scale: float | None = None,
         layer_idx: int | None = None,
         geometry: Geometry | None = None,
+        recorder: Recorder | None = None,
     ) -> Tensor:
         """Causal attention of this method.
 
@@ -154,6 +158,8 @@ class AttentionMethod(ABC):
             scale: factor of the logits; default 1 / sqrt(D).
             layer_idx: for methods with settings per layer, and the record.
             geometry: padding and the slot of the first query; default: no padding, queries last.
+            recorder: hears this call alone, before the method's own ``recorder``, which hears every
+                call. Calls in several threads, or by several models, thus stay apart.
 
         Returns:
             ``[Z, Hq, Nq, D]`` in q's dtype; zeros for padding. A padded batch gives each sequence
@@ -169,8 +175,9 @@ class AttentionMethod(ABC):
         if torch.compiler.is_compiling() and geometry is None:
             from pbs import compiled  # which loads the compiler
 
-            if needs_gradient(q, k, v):
-                return compiled.outside(self, q, k, v, scale=scale, layer_idx=layer_idx)
+            if recorder is not None or needs_gradient(q, k, v):
+                settings = {"scale": scale, "layer_idx": layer_idx, "recorder": recorder}
+                return compiled.outside(self, q, k, v, **settings)
             out: Tensor = compiled.attention(q, k, v, compiled.handle_of(self), scale, layer_idx)
             return out
         check_attention_inputs(q, k, v)
@@ -180,20 +187,24 @@ class AttentionMethod(ABC):
         if geometry is not None:
             _check_geometry(geometry, q, k)
         if geometry is None or geometry.is_unpadded:
-            return self._attend(q, k, v, scale, layer_idx)
+            return self._attend(q, k, v, scale, layer_idx, recorder)
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         for members, rows, slots in geometry.spans():
             # A slice is a view; a list of indices copies, and waits for the device.
             is_run = len(members) == members[-1] - members[0] + 1
             which = slice(members[0], members[-1] + 1) if is_run else members
-            part = self._attend(
-                q[which, :, rows], k[which, :, slots], v[which, :, slots], scale, layer_idx
-            )
-            out[which, :, rows] = part
+            part = (q[which, :, rows], k[which, :, slots], v[which, :, slots])
+            out[which, :, rows] = self._attend(*part, scale, layer_idx, recorder)
         return out
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, layer_idx: int | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        layer_idx: int | None,
+        recorder: Recorder | None,
     ) -> Tensor:
         """Plan and compute sequences of one length without padding."""
         if scale is None:
@@ -208,8 +219,10 @@ class AttentionMethod(ABC):
                 plan = self.plan(q, k, scale=scale, layer_idx=layer_idx)
         if not plan.is_dense and self.backend != Backend.REFERENCE.value:
             refuse_gradient(q, k, v)  # before the call is recorded as one that ran
-        if self.recorder is not None:
-            self.recorder(CallRecord(layer_idx, q, k, scale, plan))
+        record = CallRecord(layer_idx, q, k, scale, plan)
+        for hear in (recorder, self.recorder):
+            if hear is not None:
+                hear(record)
         if plan.is_dense:
             with stage("attention"):
                 return self.compute_dense(q, k, v, scale=scale)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +12,12 @@ from torch.nn.functional import pad
 
 from pbs import compiled
 from pbs.methods import AttentionMethod, build_method
-from pbs.methods.base import CallRecord
 from pbs.ops.dense import dense_attention, dense_decode
 from pbs.ops.grid import Geometry
 from pbs.ops.inputs import needs_gradient
 from pbs.patch.huggingface.masks import PaddingMask, agreed_window, read_mask
 from pbs.patch.huggingface.refusals import refuse_packed, refuse_unsupported
 from pbs.patch.huggingface.report import LayerCounter
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 # Where a patched attention module keeps what the patch decided for it.
 LAYER_ATTRIBUTE = "_pbs_layer"
@@ -209,22 +205,15 @@ def _prefill(
     if reason or method is None:
         layer.counter.add_dense(reason, num_sequences=query.shape[0])
         return _dense_prefill(query, key, value, scale, geometry, special)
-    # The recorder is chained for this call only, so that whoever set one on the method, before or
-    # after the patch, still hears every call, and a method shared by two models counts in each.
-    previous = method.recorder
-    method.recorder = partial(_record, layer.counter, previous)
-    try:
-        return method(query, key, value, scale=scale, layer_idx=layer_idx, geometry=geometry)
-    finally:
-        method.recorder = previous
-
-
-def _record(
-    counter: LayerCounter, previous: Callable[[CallRecord], None] | None, record: CallRecord
-) -> None:
-    counter.add_record(record)
-    if previous is not None:
-        previous(record)
+    return method(
+        query,
+        key,
+        value,
+        scale=scale,
+        layer_idx=layer_idx,
+        geometry=geometry,
+        recorder=layer.counter.add_record,
+    )
 
 
 def _dense_prefill(
