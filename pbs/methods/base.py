@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pbs.checks import check_integer
 from pbs.methods.crossover import find_crossover
 from pbs.methods.names import METHODS
 from pbs.ops.block_sparse_attention import Backend, block_sparse_attention
@@ -19,6 +20,9 @@ from pbs.ops.grid import BlockGrid, Geometry
 from pbs.ops.inputs import check_attention_inputs, needs_gradient, refuse_gradient
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.stages import stage
+
+# Why a decoding step is dense, in records and reports.
+DECODE = "decode"
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,11 @@ class CallRecord:
     k: Tensor
     scale: float
     plan: AttentionPlan
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether the call was a decoding step, which has no part in density or coverage."""
+        return self.plan.reason == DECODE
 
 
 Recorder = Callable[[CallRecord], None]
@@ -80,6 +89,12 @@ class AttentionMethod(ABC):
             calls are recorded as dense. 0: the method always decides itself. "auto": what was
             measured for this device, method and head shape (:mod:`pbs.methods.crossover`); results
             then depend on the device, so ask for it where speed is what counts.
+        decode_below: calls with fewer queries than this on a filled cache (more keys than queries)
+            are decoding steps: they run dense and are recorded as "decode". Default: one tile. A
+            few queries hide too little to be worth a selection, and an answer's tokens then do not
+            depend on how many are computed at once. The last part of a prefill in chunks is such a
+            step if it is that short. 0: the method decides for any number of queries (a patched
+            model computes single queries dense in any case).
 
     ``recorder`` is no parameter: a function set on it hears every call, in whatever thread.
 
@@ -91,6 +106,7 @@ class AttentionMethod(ABC):
 
     backend: str = "auto"
     dense_below: int | str = 0
+    decode_below: int = 128
     recorder: Recorder | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -98,6 +114,7 @@ class AttentionMethod(ABC):
         names = [member.value for member in Backend]
         if self.backend not in names:
             raise ValueError(f"unknown backend {self.backend!r}; valid: {', '.join(names)}")
+        check_integer(self.decode_below, name="decode_below", smallest=0)
         if self.dense_below == "auto":
             return
         if isinstance(self.dense_below, bool) or not isinstance(self.dense_below, int):
@@ -229,7 +246,12 @@ class AttentionMethod(ABC):
         return block_sparse_attention(q, k, v, plan, scale=scale, backend=self.backend)
 
     def reason_to_run_dense(self, q: Tensor, k: Tensor) -> str:
-        """Why these many keys are too few for selecting to pay; "" if they are not."""
+        """Why a call with these shapes runs dense, whatever the method plans; "" if it does not.
+
+        ``DECODE`` for a decoding step, else why so many keys are too few for selecting to pay.
+        """
+        if self.is_decode_step(q.shape[2], k.shape[2]):
+            return DECODE
         if isinstance(self.dense_below, int):
             is_short = k.shape[2] < self.dense_below
             return f"fewer keys than dense_below={self.dense_below}" if is_short else ""
@@ -240,6 +262,15 @@ class AttentionMethod(ABC):
         if found is None or k.shape[2] >= found.min_keys:
             return ""
         return f"fewer keys than the measured crossover {found.min_keys}"
+
+    def is_decode_step(self, num_queries: int, num_keys: int) -> bool:
+        """Whether a sequence's call is a decoding step, see ``decode_below``.
+
+        Args:
+            num_queries: Nq of the sequence, without padding.
+            num_keys: Nk of the sequence up to its last query, without padding.
+        """
+        return num_queries < num_keys and num_queries < self.decode_below
 
     def compute_dense(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         """Carry out a dense plan, by the fastest dense kernel; a method may choose another."""

@@ -25,10 +25,11 @@ LAYER_ATTRIBUTE = "_pbs_layer"
 
 @dataclass
 class PatchedLayer:
-    """What one attention module runs: a method, or None where the layer stays dense."""
+    """What one attention module runs, and who counts it; a skipped layer stays dense."""
 
-    method: AttentionMethod | None
+    method: AttentionMethod
     counter: LayerCounter
+    is_skipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,12 +201,11 @@ def _prefill(
     special: _Special,
 ) -> Tensor:
     """The layer's method, or dense attention where the model or the user asks for it."""
-    method = layer.method
-    reason = special.reason or ("skipped layer" if method is None else "")
-    if reason or method is None:
-        layer.counter.add_dense(reason, num_sequences=query.shape[0])
+    reason = special.reason or ("skipped layer" if layer.is_skipped else "")
+    if reason:
+        _count_dense(layer, reason, query, key, geometry)
         return _dense_prefill(query, key, value, scale, geometry, special)
-    return method(
+    return layer.method(
         query,
         key,
         value,
@@ -214,6 +214,19 @@ def _prefill(
         geometry=geometry,
         recorder=layer.counter.add_record,
     )
+
+
+def _count_dense(
+    layer: PatchedLayer, reason: str, query: Tensor, key: Tensor, geometry: Geometry | None
+) -> None:
+    """Count as a method's records do: each length of a padded batch, decoding steps as such."""
+    if geometry is None:
+        geometry = Geometry.unpadded(query.shape[0], query.shape[2], key.shape[2])
+    for members, rows, slots in geometry.spans():
+        if layer.method.is_decode_step(rows.stop - rows.start, slots.stop - slots.start):
+            layer.counter.add_decode()
+        else:
+            layer.counter.add_dense(reason, num_sequences=len(members))
 
 
 def _dense_prefill(

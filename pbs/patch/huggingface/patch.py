@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from pbs.methods import AttentionMethod
 from pbs.patch.huggingface.attention import LAYER_ATTRIBUTE, PatchedLayer
+from pbs.patch.huggingface.model_class import make_patched_class
 from pbs.patch.huggingface.report import LayerCounter, PatchReport
 from pbs.patch.huggingface.support import find_attention_layers
 
@@ -52,8 +53,8 @@ class Patch:
         for module in self._modules:
             index = int(module.layer_idx)  # type: ignore[arg-type]
             counter = self._counters.setdefault(index, LayerCounter(index))
-            method = None if index in self.skip_layers else self.method
-            setattr(module, LAYER_ATTRIBUTE, PatchedLayer(method, counter))
+            layer = PatchedLayer(self.method, counter, is_skipped=index in self.skip_layers)
+            setattr(module, LAYER_ATTRIBUTE, layer)
 
     def undo(self, model: PreTrainedModel) -> None:
         """Give the model back what it had; see :func:`remove_patch`."""
@@ -74,8 +75,12 @@ def apply_patch_with_prefill(
     """Let a causal language model run an attention method in prefill.
 
     Decoding steps stay dense, and so do layers that ask for more than causal attention (sliding
-    windows, soft caps, sinks); :func:`get_patch` tells what ran how. The model can be used as a
-    context manager, which removes the patch at the end::
+    windows, soft caps, sinks); :func:`get_patch` tells what ran how. A decoding step is a call with
+    fewer new tokens than ``prefill_fn.decode_below`` on a filled cache: single tokens, the tokens
+    of an assistant model or a prompt look-up, which ``generate`` then lets begin after the prefill
+    (so that the tokens are those without them), short follow-ups, and the last part of a prefill
+    in chunks if it is that short. The model can be used as a context manager, which removes the
+    patch at the end::
 
         with apply_patch_with_prefill(model, build_method("pbs")) as model:
             model.generate(**inputs)
@@ -122,7 +127,7 @@ def apply_patch_with_prefill(
             )
     patch = Patch(prefill_fn, skipped, modules, configs, type(model))
     setattr(model, _PATCH_ATTRIBUTE, patch)
-    model.__class__ = _with_context_manager(type(model))
+    model.__class__ = make_patched_class(type(model), remove_patch)
     return model
 
 
@@ -151,31 +156,6 @@ def get_patch(model: PreTrainedModel) -> Patch:
             f"{type(model).__name__} is not patched; call apply_patch_with_prefill(model, method)"
         )
     return patch
-
-
-def _with_context_manager(model_class: type) -> type:
-    """A subclass that ``with`` accepts; ``with`` looks its methods up on the class.
-
-    Name and module are the original's, so that save_pretrained writes the right architecture.
-    """
-
-    def enter(self: PreTrainedModel) -> PreTrainedModel:
-        return self
-
-    def leave(self: PreTrainedModel, *exception: object) -> None:  # noqa: ARG001 - the protocol
-        remove_patch(self)
-
-    return type(
-        model_class.__name__,
-        (model_class,),
-        {
-            "__enter__": enter,
-            "__exit__": leave,
-            "__module__": model_class.__module__,
-            "__qualname__": model_class.__qualname__,
-            "__doc__": model_class.__doc__,
-        },
-    )
 
 
 def _configs_of(model: PreTrainedModel) -> list[Any]:

@@ -8,9 +8,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from pbs.methods.base import CallRecord
+from pbs.methods.base import DECODE, CallRecord
 
-DECODE = "decode"
 # One for all counters, which can so be copied and pickled; it is held for a few additions.
 _counting = Lock()
 
@@ -24,7 +23,8 @@ class LayerReport:
     Attributes:
         layer_idx: the layer.
         sparse_calls: prefill calls that ran sparse.
-        dense_calls: dense calls by reason; "decode" counts single-token steps.
+        dense_calls: dense calls by reason; "decode" counts decoding steps: single tokens, and calls
+            with fewer new tokens than the method's ``decode_below`` on a filled cache.
         density: tiles computed / tiles dense causal attention computes, mean over the sequences of
             all prefill calls and over heads; a dense call counts 1. None without prefill.
     """
@@ -104,6 +104,9 @@ class LayerCounter:
 
     def add_record(self, record: CallRecord) -> None:
         """Count a call of a method."""
+        if record.is_decode:
+            self.add_decode()
+            return
         plan = record.plan
         # Sums as fp64 on the device: no synchronisation, and no drift over a long run.
         density = plan.density().mean(dim=1, dtype=torch.float64).sum()
