@@ -143,6 +143,19 @@ class AttentionMethod(ABC):
             ValueError: shapes do not fit.
         """
 
+    def check_model(self, *, num_layers: int, num_heads: int | None) -> None:  # noqa: B027
+        """Refuse a model that the parameters were not made for; the patch asks before it begins.
+
+        Methods with settings per layer or head override this; others fit every model.
+
+        Args:
+            num_layers: layers of the model, with and without attention.
+            num_heads: query heads of each; None if it differs between layers.
+
+        Raises:
+            ValueError: the parameters are for other numbers; the message gives both.
+        """
+
     def densest(self) -> AttentionMethod | None:
         """This method at its most permissive setting, where it must equal dense attention.
 

@@ -6,6 +6,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GptOssConfig,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -83,6 +84,14 @@ def make_model(name, *, attention="eager", **overrides):
     config = CONFIGS[name].__class__(**{**CONFIGS[name].to_dict(), **overrides})
     model = AutoModel.from_config(config, attn_implementation=attention, dtype=torch.float32)
     return model.eval()
+
+
+def make_hybrid():
+    """A model of three layers of which only the second is attention."""
+    layer_types = ["conv", "full_attention", "conv"]
+    sizes = SIZES | {"num_hidden_layers": 3, "layer_types": layer_types, "conv_L_cache": 3}
+    torch.manual_seed(0)
+    return AutoModel.from_config(Lfm2Config(**sizes), attn_implementation="eager").float().eval()
 
 
 def random_ids(batch, length, seed=0):

@@ -95,7 +95,8 @@ def apply_patch_with_prefill(
 
     Raises:
         TypeError: ``model`` or ``prefill_fn`` of a wrong type.
-        ValueError: already patched, or ``skip_layers`` names a layer the model does not have.
+        ValueError: already patched, ``skip_layers`` names a layer the model does not have, or the
+            method's settings are for a model with other layers or heads.
         NotImplementedError: the model's attention cannot be replaced; nothing was changed.
     """
     if not isinstance(prefill_fn, AttentionMethod):
@@ -105,6 +106,7 @@ def apply_patch_with_prefill(
             "your function in a subclass of pbs.AttentionMethod that overrides plan()"
         )
     layers = find_attention_layers(model)
+    prefill_fn.check_model(**_sizes_of(model))
     if hasattr(model, _PATCH_ATTRIBUTE) or any(
         hasattr(module, LAYER_ATTRIBUTE) for module in layers.values()
     ):
@@ -156,6 +158,16 @@ def get_patch(model: PreTrainedModel) -> Patch:
             f"{type(model).__name__} is not patched; call apply_patch_with_prefill(model, method)"
         )
     return patch
+
+
+def _sizes_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What a method's settings per layer and head must fit, by the model's config."""
+    config = model.config.get_text_config()
+    num_heads = getattr(config, "num_attention_heads", None)
+    return {
+        "num_layers": config.num_hidden_layers,
+        "num_heads": num_heads if isinstance(num_heads, int) else None,
+    }
 
 
 def _configs_of(model: PreTrainedModel) -> list[Any]:
