@@ -22,6 +22,9 @@ _HARMLESS = frozenset(
     }
 )
 
+# Where a tensor of positions keeps which layer looked at it first, by the padding it came with.
+_FIRST_LAYERS = "_pbs_first_layers"
+
 
 def refuse_unsupported(
     module: nn.Module,
@@ -58,9 +61,30 @@ def refuse_unsupported(
 def refuse_packed(
     position_ids: Tensor | None, geometry: Geometry | None, layer_idx: int | None
 ) -> None:
-    """Refuse positions that start again inside a sequence; read back once per forward."""
-    if position_ids is None or position_ids.ndim != 2 or layer_idx not in (None, 0):
+    """Refuse positions that start again inside a sequence.
+
+    Reading them back waits for the device, so they are looked at once per forward, by the first
+    layer that gets them, whichever it is. Layers of one forward get one tensor; that layer, and any
+    before it, is where the next forward begins.
+    """
+    if position_ids is None or position_ids.ndim != 2:
         return
+    if geometry is not None and geometry.is_unpadded:
+        geometry = None
+    first_layers = position_ids.__dict__.setdefault(_FIRST_LAYERS, {})
+    first = first_layers.get(geometry)
+    if first is not None and layer_idx is not None and layer_idx > first:
+        return
+    if _starts_again(position_ids, geometry):
+        raise NotImplementedError(
+            "position_ids start again inside a sequence: packed sequences would attend to each "
+            "other. Pass them as a padded batch with an attention_mask"
+        )
+    first_layers[geometry] = layer_idx
+
+
+def _starts_again(position_ids: Tensor, geometry: Geometry | None) -> bool:
+    """Whether a position is no larger than the one before it, both of real tokens."""
     steps_back = position_ids[:, 1:] <= position_ids[:, :-1]
     if geometry is not None:
         rows = torch.arange(1, position_ids.shape[1], device=position_ids.device)
@@ -68,8 +92,4 @@ def refuse_packed(
         starts = torch.tensor(geometry.starts, device=position_ids.device)[:, None]
         ends = torch.tensor(geometry.ends, device=position_ids.device)[:, None]
         steps_back = steps_back & (rows > starts) & (rows < ends)
-    if bool(steps_back.any()):
-        raise NotImplementedError(
-            "position_ids start again inside a sequence: packed sequences would attend to each "
-            "other. Pass them as a padded batch with an attention_mask"
-        )
+    return bool(steps_back.any())
