@@ -17,7 +17,12 @@ from pbs.methods.names import METHODS
 from pbs.ops.block_sparse_attention import Backend, block_sparse_attention
 from pbs.ops.dense import dense_attention
 from pbs.ops.grid import BlockGrid, Geometry
-from pbs.ops.inputs import check_attention_inputs, needs_gradient, refuse_gradient
+from pbs.ops.inputs import (
+    as_given,
+    check_attention_inputs,
+    needs_gradient,
+    refuse_gradient,
+)
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.stages import stage
 
@@ -192,8 +197,8 @@ class AttentionMethod(ABC):
                 call. Calls in several threads, or by several models, thus stay apart.
 
         Returns:
-            ``[Z, Hq, Nq, D]`` in q's dtype; zeros for padding. A padded batch gives each sequence
-            what it gets alone.
+            ``[Z, Hq, Nq, D]`` in q's dtype, also under autocast; zeros for padding. A padded batch
+            gives each sequence what it gets alone.
 
         Raises:
             ValueError: shapes or devices do not fit each other or the geometry, or the scale is not
@@ -245,7 +250,7 @@ class AttentionMethod(ABC):
             plan = AttentionPlan.dense(grid, q.shape[0], q.shape[1], device=q.device, reason=reason)
         else:
             # What is selected is no function that has a gradient.
-            with stage("selection"), torch.no_grad():
+            with stage("selection"), torch.no_grad(), as_given(q):
                 plan = self.plan(q, k, scale=scale, layer_idx=layer_idx)
         if not plan.is_dense and self.backend != Backend.REFERENCE.value:
             refuse_gradient(q, k, v)  # before the call is recorded as one that ran

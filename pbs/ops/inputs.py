@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -61,6 +63,23 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor | None = None) -> Non
             f"more queries than keys: got {q.shape[2]} and {k.shape[2]}; keys must include the "
             "queries' own tokens"
         )
+
+
+def as_given(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context in which autocast lets fp32 be fp32, on this tensor's device.
+
+    Scores, softmax and sums are in fp32 on purpose; autocast would round them, and change what is
+    selected.
+    """
+    if not is_autocast(tensor):
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def is_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is on for this tensor's device."""
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def needs_gradient(*tensors: Tensor) -> bool:

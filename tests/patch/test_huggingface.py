@@ -25,6 +25,7 @@ from tests.patch.models import (
     REASONS,
     SPARSE_LAYERS,
     WINDOW,
+    make_latent,
     make_model,
     positions_of,
     random_ids,
@@ -185,27 +186,7 @@ def test_a_window_no_shorter_than_the_sequence_is_an_ordinary_layer():
 
 
 def test_narrow_values_of_latent_attention():
-    config = transformers.DeepseekV3Config(
-        hidden_size=64,
-        intermediate_size=64,
-        moe_intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        first_k_dense_replace=1,
-        q_lora_rank=32,
-        kv_lora_rank=32,
-        qk_rope_head_dim=16,
-        qk_nope_head_dim=16,
-        v_head_dim=24,
-        vocab_size=128,
-    )
-    torch.manual_seed(0)
-    model = AutoModel.from_config(config, attn_implementation="eager").eval()
+    model = make_latent()
     ids = random_ids(1, 150)
     expected = model(ids).logits
     with apply_patch_with_prefill(model, densest()):

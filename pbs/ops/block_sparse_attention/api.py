@@ -7,7 +7,7 @@ from importlib import import_module
 
 from torch import Tensor
 
-from pbs.ops.inputs import check_attention_inputs, refuse_gradient
+from pbs.ops.inputs import as_given, check_attention_inputs, refuse_gradient
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.stages import stage
 
@@ -48,7 +48,7 @@ def block_sparse_attention(
         backend: see :class:`Backend`.
 
     Returns:
-        ``[Z, Hq, Nq, D]`` in q's dtype; zeros for a query without keys.
+        ``[Z, Hq, Nq, D]`` in q's dtype, also under autocast; zeros for a query without keys.
 
     Raises:
         ValueError: shapes, devices or the plan do not fit, or the backend's name is unknown.
@@ -77,7 +77,7 @@ def block_sparse_attention(
         refuse_gradient(q, k, v)
     # Imported when used: a machine without Triton, or without need of it, never loads it.
     module = import_module(f"pbs.ops.block_sparse_attention.{module_name}")
-    with stage("attention"):
+    with stage("attention"), as_given(q):
         out: Tensor = module.block_sparse_attention(q, k, v, plan, scale=scale, **options)
     return out
 

@@ -14,7 +14,7 @@ from pbs import compiled
 from pbs.methods import AttentionMethod, build_method
 from pbs.ops.dense import dense_attention, dense_decode
 from pbs.ops.grid import Geometry
-from pbs.ops.inputs import needs_gradient
+from pbs.ops.inputs import is_autocast, needs_gradient
 from pbs.patch.huggingface.masks import PaddingMask, agreed_window, read_mask
 from pbs.patch.huggingface.refusals import refuse_packed, refuse_unsupported
 from pbs.patch.huggingface.report import LayerCounter
@@ -95,6 +95,7 @@ def attention_forward(
             calls and backend "reference" have their gradients.
         ValueError: the mask does not fit the queries and keys.
     """
+    query, key, value = _autocast(query, key, value)
     followed = (query, key, value) if s_aux is None else (query, key, value, s_aux)
     settings = (scaling, dropout, sliding_window, softcap, s_aux, position_ids, is_causal)
     if torch.compiler.is_compiling() and attention_mask is None and not needs_gradient(*followed):
@@ -103,6 +104,17 @@ def attention_forward(
         handle = compiled.handle_of(module)
         return patched_attention(query, key, value, handle, *settings[:1], *settings[2:]), None
     return _attend(module, query, key, value, attention_mask, *settings, kwargs)
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in autocast's dtype, if it is on, as PyTorch's own attention takes them.
+
+    Some models pass queries in fp32 beside values that autocast has made.
+    """
+    if not is_autocast(tensors[0]) or tensors[0].dtype == torch.float64:
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return [tensor.to(dtype) for tensor in tensors]
 
 
 @torch.library.custom_op("pbs::patched_attention", mutates_args=())
