@@ -488,6 +488,16 @@ def test_padding_between_real_tokens_is_refused():
         patched_llama()(random_ids(1, 60), attention_mask=mask)
 
 
+def test_virtual_tokens_before_padding_are_told_to_pad_on_the_right():
+    """As prompt tuning gives them: ones for the virtual tokens, then the padding on the left."""
+    mask = torch.ones(2, 68, dtype=torch.long)
+    mask[1, 8:30] = 0
+    with pytest.raises(NotImplementedError, match=r"prompt tuning.*: pad on the right"):
+        patched_llama()(random_ids(2, 68), attention_mask=mask)
+    padded_on_the_right = mask.sort(dim=1, descending=True).values
+    patched_llama()(random_ids(2, 68), attention_mask=padded_on_the_right)
+
+
 def test_custom_masks_are_refused():
     with pytest.raises(NotImplementedError, match=r"attention mask of shape \(1, 1, 60, 60\)"):
         patched_llama()(random_ids(1, 60), attention_mask=torch.zeros(1, 1, 60, 60))
