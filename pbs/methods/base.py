@@ -101,7 +101,8 @@ class AttentionMethod(ABC):
             step if it is that short. 0: the method decides for any number of queries (a patched
             model computes single queries dense in any case).
 
-    ``recorder`` is no parameter: a function set on it hears every call, in whatever thread.
+    ``recorder`` is no parameter: a function set on it hears every call, in whatever thread. Copies,
+    pickled ones too, have none.
 
     ``knob`` is the parameter by which methods are compared at equal density or coverage; None if
     there is none.
@@ -126,6 +127,9 @@ class AttentionMethod(ABC):
             raise TypeError(f"dense_below must be an integer or 'auto', got {self.dense_below!r}")
         if self.dense_below < 0:
             raise ValueError(f"dense_below must be at least 0 keys, got {self.dense_below}")
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "recorder": None}
 
     @abstractmethod
     def plan(

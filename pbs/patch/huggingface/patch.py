@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from pbs.methods import AttentionMethod
 from pbs.patch.huggingface.attention import LAYER_ATTRIBUTE, PatchedLayer
-from pbs.patch.huggingface.model_class import make_patched_class
+from pbs.patch.huggingface.generation import after_prefill
 from pbs.patch.huggingface.report import LayerCounter, PatchReport
 from pbs.patch.huggingface.support import find_attention_layers
 
@@ -85,6 +85,9 @@ def apply_patch_with_prefill(
         with apply_patch_with_prefill(model, build_method("pbs")) as model:
             model.generate(**inputs)
 
+    Threads may share it. A copy (``copy.deepcopy``, pickle, ``torch.save``, a spawned process) is
+    patched on its own, with a copy of the method and of the counts.
+
     Args:
         model: a transformers model whose attention goes through the attention registry.
         prefill_fn: the method, from :func:`pbs.build_method`.
@@ -129,7 +132,7 @@ def apply_patch_with_prefill(
             )
     patch = Patch(prefill_fn, skipped, modules, configs, type(model))
     setattr(model, _PATCH_ATTRIBUTE, patch)
-    model.__class__ = make_patched_class(type(model), remove_patch)
+    model.__class__ = _patched_class(type(model))
     return model
 
 
@@ -158,6 +161,49 @@ def get_patch(model: PreTrainedModel) -> Patch:
             f"{type(model).__name__} is not patched; call apply_patch_with_prefill(model, method)"
         )
     return patch
+
+
+def _patched_class(model_class: Any) -> type:
+    """A subclass for ``with`` and pickle, whose prefill no assistant changes.
+
+    ``with`` and pickle look on the class, not on the model. Name and module are the original's, so
+    that save_pretrained writes the right architecture.
+    """
+
+    def enter(self: PreTrainedModel) -> PreTrainedModel:
+        return self
+
+    def leave(self: PreTrainedModel, *exception: object) -> None:  # noqa: ARG001 - the protocol
+        remove_patch(self)
+
+    def reduce(self: PreTrainedModel, protocol: int) -> tuple[Any, ...]:
+        build, arguments, *state = model_class.__reduce_ex__(self, max(protocol, 2))
+        own = tuple(model_class if item is type(self) else item for item in arguments)
+        return _build_patched, (model_class, build, own), *state
+
+    def get_candidate_generator(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return after_prefill(model_class._get_candidate_generator(self, *args, **kwargs))
+
+    return type(
+        model_class.__name__,
+        (model_class,),
+        {
+            "__enter__": enter,
+            "__exit__": leave,
+            "__reduce_ex__": reduce,
+            "__module__": model_class.__module__,
+            "__qualname__": model_class.__qualname__,
+            "__doc__": model_class.__doc__,
+            "_get_candidate_generator": get_candidate_generator,
+        },
+    )
+
+
+def _build_patched(model_class: Any, build: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """A copy of a patched model as copy and pickle make it, before its state is set."""
+    model = build(*arguments)
+    model.__class__ = _patched_class(model_class)
+    return model
 
 
 def _sizes_of(model: PreTrainedModel) -> dict[str, Any]:
