@@ -25,7 +25,7 @@ from baselines.vertical_slash import (
     last_query_scores,
     vertical_slash_lists,
 )
-from pbs.checks import check_choice, check_integer
+from pbs.checks import check_choice, check_integer, check_table
 from pbs.methods.base import AttentionMethod, Knob
 from pbs.ops.block_selection import list_blocks
 from pbs.ops.grid import BlockGrid
@@ -108,6 +108,21 @@ class MInference(AttentionMethod):
                 "MInference with preset 'paper': (vertical, slash) = (1000, 6096) in every head, "
                 "nearly dense below 16K tokens; the authors' per-head files need "
                 "preset='official' and config_path"
+            )
+
+    def check_model(self, *, num_layers: int, num_heads: int | None) -> None:
+        """See the base class: the file's layers and heads are the model's."""
+        if self.starting_layer >= num_layers:
+            raise ValueError(
+                f"starting_layer={self.starting_layer}, but the model has {num_layers} layers: all "
+                "would run dense; choose a layer of the model, or the method 'flash'"
+            )
+        if self._layers is not None:
+            check_table(
+                str(self.config_path),
+                (len(self._layers), len(self._layers[0])),
+                num_layers=num_layers,
+                num_heads=num_heads,
             )
 
     def densest(self) -> AttentionMethod:

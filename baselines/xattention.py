@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pbs.checks import check_block_size, check_choice
+from pbs.checks import check_block_size, check_choice, check_table
 from pbs.methods.base import AttentionMethod, Knob
 from pbs.ops.antidiagonal import antidiagonal_block_sums, query_groups
 from pbs.ops.grid import BlockGrid
@@ -50,6 +50,11 @@ class XAttention(AttentionMethod):
             )
         check_choice(self.first_chunk, ("minimal", "reference"), name="first_chunk")
         self._thresholds = _threshold_tensor(self.threshold)
+
+    def check_model(self, *, num_layers: int, num_heads: int | None) -> None:
+        """See the base class: the thresholds' layers and heads are the model's."""
+        sizes = tuple(self._thresholds.shape)
+        check_table("the list of thresholds", sizes, num_layers=num_layers, num_heads=num_heads)
 
     def densest(self) -> AttentionMethod:
         """See the base class: a per-head threshold too becomes 1 everywhere."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -191,7 +192,9 @@ class _Gate:
     def _check_prefix(self) -> Iterator[CheckReport]:
         begin = time.perf_counter()
         reference = self._two_chunks()
-        with apply_patch_with_prefill(self.model, self.densest):
+        # The second chunk is to be planned, however short it is.
+        planned = replace(self.densest, decode_below=0)
+        with apply_patch_with_prefill(self.model, planned):
             error = _distance(self._two_chunks(), reference)
         yield self._judge(
             "prefix",

@@ -54,6 +54,35 @@ def check_integer(value: int, *, name: str, smallest: int) -> None:
         raise ValueError(f"{name} must be at least {smallest}, got {value}")
 
 
+def check_table(
+    name: str, sizes: tuple[int, ...], *, num_layers: int, num_heads: int | None
+) -> None:
+    """Settings per layer and head, or per head, are as many as a model has of them.
+
+    Args:
+        name: where the settings come from, for the message.
+        sizes: (layers, heads) or (heads,) of the settings; () for one setting that fits all.
+        num_layers: of the model.
+        num_heads: query heads of the model's layers; None: not compared.
+    """
+    if not sizes:
+        return
+    model = (num_layers, sizes[-1] if num_heads is None else num_heads)[-len(sizes) :]
+    if sizes != model:
+        raise ValueError(
+            f"{name} is for {_as_words(sizes)}, the model has {_as_words(model)}; use the one made "
+            "for this model"
+        )
+
+
+def _as_words(sizes: tuple[int, ...]) -> str:
+    """(64, 32) as "64 layers of 32 heads", (32,) as "32 heads"."""
+    units = ("layer", "head")[-len(sizes) :]
+    return " of ".join(
+        f"{size} {unit}{'' if size == 1 else 's'}" for size, unit in zip(sizes, units, strict=True)
+    )
+
+
 def _check_int(value: int, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")

@@ -2,7 +2,8 @@
 
 A method decides in Python what its kernels do; the compiler sees an operator with known shapes.
 Under CUDA graphs the recorded launches are replayed and no Python runs: recorders and reports then
-count what was captured, not the replays.
+count what was captured, not the replays. Where a gradient is needed the call stays outside of the
+graph, since the operator has none: it is then computed, or refused, as in a program not compiled.
 
 Legend: see :mod:`pbs.ops.grid`.
 """
@@ -45,6 +46,15 @@ def owner_of(handle: int) -> Any:
             "method or the patched model alive as long as its compiled form, or compile again"
         )
     return owner
+
+
+@torch.compiler.disable(  # type: ignore[untyped-decorator, unused-ignore]
+    reason="pbs attention with gradients runs outside of the compiled graph: compile without "
+    "fullgraph=True, or run inside torch.inference_mode()"
+)
+def outside(owner: Any, *tensors: Tensor, **settings: Any) -> Any:
+    """Call an object from a compiled program, by a break of the graph."""
+    return owner(*tensors, **settings)
 
 
 @torch.library.custom_op("pbs::attention", mutates_args=())

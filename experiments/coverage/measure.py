@@ -102,7 +102,7 @@ def measure_plans(
 class CoverageProbe:
     """A method's recorder that measures coverage and keeps only numbers.
 
-    Set it as ``method.recorder`` and run the model. Decoding steps (one query) are left out, and
+    Set it as ``method.recorder`` and run the model. Decoding steps are left out, and
     calls that ran dense count as 1. Layers that the method is never called for (skipped by the
     patch, or special layers) do not appear.
 
@@ -139,7 +139,8 @@ class CoverageProbe:
         """Measure one call."""
         layer = UNNAMED_LAYER if record.layer_idx is None else record.layer_idx
         num_queries = record.q.shape[2]
-        if num_queries == 1 or (self._layers is not None and layer not in self._layers):
+        is_decode = num_queries == 1 or record.is_decode
+        if is_decode or (self._layers is not None and layer not in self._layers):
             return
         rows = None
         if self._num_rows is not None and self._num_rows < num_queries:

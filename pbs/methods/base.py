@@ -11,13 +11,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pbs.checks import check_integer
 from pbs.methods.crossover import find_crossover, setting_of
 from pbs.ops.block_sparse_attention import Backend, block_sparse_attention
 from pbs.ops.dense import dense_attention
 from pbs.ops.grid import BlockGrid, Geometry
-from pbs.ops.inputs import check_attention_inputs
+from pbs.ops.inputs import (
+    as_given,
+    check_attention_inputs,
+    needs_gradient,
+    refuse_gradient,
+)
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.stages import stage
+
+# Why a decoding step is dense, in records and reports.
+DECODE = "decode"
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,14 @@ class CallRecord:
     k: Tensor
     scale: float
     plan: AttentionPlan
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether the call was a decoding step, which has no part in density or coverage."""
+        return self.plan.reason == DECODE
+
+
+Recorder = Callable[[CallRecord], None]
 
 
 @dataclass(frozen=True)
@@ -77,6 +94,15 @@ class AttentionMethod(ABC):
             measured for this device, head shape and method at this very setting, at the density it
             then had by itself (:mod:`pbs.methods.crossover`); results then depend on the device, so
             ask for it where speed is what counts.
+        decode_below: calls with fewer queries than this on a filled cache (more keys than queries)
+            are decoding steps: they run dense and are recorded as "decode". Default: one tile. A
+            few queries hide too little to be worth a selection, and an answer's tokens then do not
+            depend on how many are computed at once. The last part of a prefill in chunks is such a
+            step if it is that short. 0: the method decides for any number of queries (a patched
+            model computes single queries dense in any case).
+
+    ``recorder`` is no parameter: a function set on it hears every call, in whatever thread. Copies,
+    pickled ones too, have none.
 
     ``knob`` is the parameter by which methods are compared at equal density or coverage; None if
     there is none.
@@ -86,21 +112,24 @@ class AttentionMethod(ABC):
 
     backend: str = "auto"
     dense_below: int | str = 0
-    recorder: Callable[[CallRecord], None] | None = field(
-        default=None, init=False, repr=False, compare=False
-    )
+    decode_below: int = 128
+    recorder: Recorder | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the parameters; subclasses call ``super().__post_init__()`` first."""
         names = [member.value for member in Backend]
         if self.backend not in names:
             raise ValueError(f"unknown backend {self.backend!r}; valid: {', '.join(names)}")
+        check_integer(self.decode_below, name="decode_below", smallest=0)
         if self.dense_below == "auto":
             return
         if isinstance(self.dense_below, bool) or not isinstance(self.dense_below, int):
             raise TypeError(f"dense_below must be an integer or 'auto', got {self.dense_below!r}")
         if self.dense_below < 0:
             raise ValueError(f"dense_below must be at least 0 keys, got {self.dense_below}")
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "recorder": None}
 
     @abstractmethod
     def plan(
@@ -121,6 +150,19 @@ class AttentionMethod(ABC):
 
         Raises:
             ValueError: shapes do not fit.
+        """
+
+    def check_model(self, *, num_layers: int, num_heads: int | None) -> None:  # noqa: B027
+        """Refuse a model that the parameters were not made for; the patch asks before it begins.
+
+        Methods with settings per layer or head override this; others fit every model.
+
+        Args:
+            num_layers: layers of the model, with and without attention.
+            num_heads: query heads of each; None if it differs between layers.
+
+        Raises:
+            ValueError: the parameters are for other numbers; the message gives both.
         """
 
     def densest(self) -> AttentionMethod | None:
@@ -144,6 +186,7 @@ class AttentionMethod(ABC):
         scale: float | None = None,
         layer_idx: int | None = None,
         geometry: Geometry | None = None,
+        recorder: Recorder | None = None,
     ) -> Tensor:
         """Causal attention of this method.
 
@@ -154,19 +197,26 @@ class AttentionMethod(ABC):
             scale: factor of the logits; default 1 / sqrt(D).
             layer_idx: for methods with settings per layer, and the record.
             geometry: padding and the slot of the first query; default: no padding, queries last.
+            recorder: hears this call alone, before the method's own ``recorder``, which hears every
+                call. Calls in several threads, or by several models, thus stay apart.
 
         Returns:
-            ``[Z, Hq, Nq, D]`` in q's dtype; zeros for padding. A padded batch gives each sequence
-            what it gets alone.
+            ``[Z, Hq, Nq, D]`` in q's dtype, also under autocast; zeros for padding. A padded batch
+            gives each sequence what it gets alone.
 
         Raises:
             ValueError: shapes or devices do not fit each other or the geometry, or the scale is not
                 positive.
             TypeError: dtypes differ, or a tensor or the geometry is something else.
+            NotImplementedError: grad mode is on, q, k or v requires a gradient, and the plan is
+                sparse: only backend "reference" has its gradients. Dense plans have theirs.
         """
         if torch.compiler.is_compiling() and geometry is None:
             from pbs import compiled  # which loads the compiler
 
+            if recorder is not None or needs_gradient(q, k, v):
+                settings = {"scale": scale, "layer_idx": layer_idx, "recorder": recorder}
+                return compiled.outside(self, q, k, v, **settings)
             out: Tensor = compiled.attention(q, k, v, compiled.handle_of(self), scale, layer_idx)
             return out
         check_attention_inputs(q, k, v)
@@ -176,20 +226,24 @@ class AttentionMethod(ABC):
         if geometry is not None:
             _check_geometry(geometry, q, k)
         if geometry is None or geometry.is_unpadded:
-            return self._attend(q, k, v, scale, layer_idx)
+            return self._attend(q, k, v, scale, layer_idx, recorder)
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         for members, rows, slots in geometry.spans():
             # A slice is a view; a list of indices copies, and waits for the device.
             is_run = len(members) == members[-1] - members[0] + 1
             which = slice(members[0], members[-1] + 1) if is_run else members
-            part = self._attend(
-                q[which, :, rows], k[which, :, slots], v[which, :, slots], scale, layer_idx
-            )
-            out[which, :, rows] = part
+            part = (q[which, :, rows], k[which, :, slots], v[which, :, slots])
+            out[which, :, rows] = self._attend(*part, scale, layer_idx, recorder)
         return out
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, layer_idx: int | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        layer_idx: int | None,
+        recorder: Recorder | None,
     ) -> Tensor:
         """Plan and compute sequences of one length without padding."""
         if scale is None:
@@ -199,17 +253,27 @@ class AttentionMethod(ABC):
             grid = BlockGrid(q.shape[2], k.shape[2], 128, 128)
             plan = AttentionPlan.dense(grid, q.shape[0], q.shape[1], device=q.device, reason=reason)
         else:
-            with stage("selection"):
+            # What is selected is no function that has a gradient.
+            with stage("selection"), torch.no_grad(), as_given(q):
                 plan = self.plan(q, k, scale=scale, layer_idx=layer_idx)
-        if self.recorder is not None:
-            self.recorder(CallRecord(layer_idx, q, k, scale, plan))
+        if not plan.is_dense and self.backend != Backend.REFERENCE.value:
+            refuse_gradient(q, k, v)  # before the call is recorded as one that ran
+        record = CallRecord(layer_idx, q, k, scale, plan)
+        for hear in (recorder, self.recorder):
+            if hear is not None:
+                hear(record)
         if plan.is_dense:
             with stage("attention"):
                 return self.compute_dense(q, k, v, scale=scale)
         return block_sparse_attention(q, k, v, plan, scale=scale, backend=self.backend)
 
     def reason_to_run_dense(self, q: Tensor, k: Tensor) -> str:
-        """Why these many keys are too few for selecting to pay; "" if they are not."""
+        """Why a call with these shapes runs dense, whatever the method plans; "" if it does not.
+
+        ``DECODE`` for a decoding step, else why so many keys are too few for selecting to pay.
+        """
+        if self.is_decode_step(q.shape[2], k.shape[2]):
+            return DECODE
         if isinstance(self.dense_below, int):
             is_short = k.shape[2] < self.dense_below
             return f"fewer keys than dense_below={self.dense_below}" if is_short else ""
@@ -217,6 +281,15 @@ class AttentionMethod(ABC):
         if found is None or k.shape[2] >= found.min_keys:
             return ""
         return f"fewer keys than the measured crossover {found.min_keys}"
+
+    def is_decode_step(self, num_queries: int, num_keys: int) -> bool:
+        """Whether a sequence's call is a decoding step, see ``decode_below``.
+
+        Args:
+            num_queries: Nq of the sequence, without padding.
+            num_keys: Nk of the sequence up to its last query, without padding.
+        """
+        return num_queries < num_keys and num_queries < self.decode_below
 
     def compute_dense(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         """Carry out a dense plan, by the fastest dense kernel; a method may choose another."""

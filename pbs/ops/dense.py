@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from pbs.checks import check_choice
+from pbs.ops.inputs import as_given
 
 # "flash", "cudnn", "efficient" and "math" are SDPA's ("flash" is FlashAttention-2), "fa2", "fa3"
 # and "fa4" the flash-attention packages, "cpu" PyTorch's CPU kernel.
@@ -65,7 +66,7 @@ def dense_attention(
             options of special layers have one implementation, whatever the kernel.
 
     Returns:
-        ``[Z, Hq, Nq, D]`` in q's dtype.
+        ``[Z, Hq, Nq, D]`` in q's dtype, also under autocast.
 
     Raises:
         ValueError: unknown kernel.
@@ -75,11 +76,12 @@ def dense_attention(
     num_keys = k.shape[2]
     if sliding_window is not None and sliding_window >= num_keys:
         sliding_window = None
-    if softcap is None and sinks is None and sliding_window is None:
-        return _run_kernel(choose_dense_kernel(kernel, q, k), q, k, v, scale)
-    return _chunked_attention(
-        q, k, v, scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks
-    )
+    with as_given(q):
+        if softcap is None and sinks is None and sliding_window is None:
+            return _run_kernel(choose_dense_kernel(kernel, q, k), q, k, v, scale)
+        return _chunked_attention(
+            q, k, v, scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks
+        )
 
 
 def choose_dense_kernel(kernel: str, q: Tensor, k: Tensor) -> str:
@@ -201,16 +203,17 @@ def dense_decode(
         sinks: see :func:`dense_attention`.
 
     Returns:
-        ``[Z, Hq, 1, D]`` in q's dtype.
+        ``[Z, Hq, 1, D]`` in q's dtype, also under autocast.
     """
     mask = None if visible is None else visible[:, None, None, :]
-    if softcap is not None or sinks is not None:
-        return _softcapped(q, k, v, mask, scale, softcap, sinks)
-    # Heads of one group as query rows: SDPA then needs no GQA flag, which together with a mask
-    # would send it to its slowest kernel.
-    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-    out = scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
-    return out.reshape(q.shape)
+    with as_given(q):
+        if softcap is not None or sinks is not None:
+            return _softcapped(q, k, v, mask, scale, softcap, sinks)
+        # Heads of one group as query rows: SDPA then needs no GQA flag, which together with a mask
+        # would send it to its slowest kernel.
+        grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+        out = scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+        return out.reshape(q.shape)
 
 
 def _chunked_attention(

@@ -170,7 +170,8 @@ class Geometry:
 
         Raises:
             ValueError: mask not two-dimensional.
-            NotImplementedError: a row has padding between real tokens (packed sequences).
+            NotImplementedError: a row has padding between real tokens (packed sequences, or virtual
+                tokens in front of left padding).
         """
         if mask.ndim != 2:
             raise ValueError(f"expected a padding mask [Z, Nk], got shape {tuple(mask.shape)}")
@@ -185,7 +186,9 @@ class Geometry:
         if not torch.equal(inside, real):
             raise NotImplementedError(
                 "the padding mask has padding between real tokens; expected padding only before "
-                "or after each sequence. Run packed sequences one by one"
+                "or after each sequence. Virtual tokens (prompt tuning) in front of left padding "
+                "look like this: pad on the right, or run the prompts one by one. Packed sequences "
+                "do, too: run them one by one, or as a padded batch"
             )
         offset = num_keys - num_queries if query_offset is None else query_offset
         return cls(num_queries, num_keys, offset, tuple(spans[0]), ends)

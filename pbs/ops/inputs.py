@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -60,3 +63,47 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor | None = None) -> Non
             f"more queries than keys: got {q.shape[2]} and {k.shape[2]}; keys must include the "
             "queries' own tokens"
         )
+
+
+def as_given(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context in which autocast lets fp32 be fp32, on this tensor's device.
+
+    Scores, softmax and sums are in fp32 on purpose; autocast would round them, and change what is
+    selected.
+    """
+    if not is_autocast(tensor):
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def is_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is on for this tensor's device."""
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd, backward or forward, follows what is computed from these tensors."""
+    return any(_is_followed(tensor) for tensor in tensors)
+
+
+def refuse_gradient(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse tensors whose gradient a kernel without a backward pass would lose.
+
+    Raises:
+        NotImplementedError: grad mode is on and one of them requires a gradient.
+    """
+    names = [name for name, x in zip("qkv", (q, k, v), strict=True) if _is_followed(x)]
+    if names:
+        raise NotImplementedError(
+            "the block-sparse kernels compute no gradients, and grad mode is on while "
+            f"{', '.join(names)} {'requires' if len(names) == 1 else 'require'} one: call them "
+            "inside torch.inference_mode() or torch.no_grad(), or with backend='reference', whose "
+            "gradients are right (it needs N x N memory)"
+        )
+
+
+def _is_followed(tensor: Tensor) -> bool:
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return True
+    return forward_ad.unpack_dual(tensor).tangent is not None

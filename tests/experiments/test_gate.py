@@ -128,10 +128,18 @@ class SelectsTooLittle(PBS):
         return plan if plan.is_dense else replace(plan, num_blocks=plan.num_blocks // 2)
 
 
+class SelectsTooLittleOfACache(SelectsTooLittle):
+    """Right for a whole prompt only."""
+
+    def plan(self, q, k, **kwargs):
+        made_by = PBS if q.shape[2] == k.shape[2] else SelectsTooLittle
+        return made_by.plan(self, q, k, **kwargs)
+
+
 class LeakyKernel(PBS):
     """Attends to everything, the future too."""
 
-    def _attend(self, q, k, v, scale, layer_idx):
+    def _attend(self, q, k, v, scale, *_):
         groups = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
@@ -154,8 +162,8 @@ class IgnoresPadding(PBS):
 
 
 class GivesNaN(PBS):
-    def _attend(self, q, k, v, scale, layer_idx):
-        return super()._attend(q, k, v, scale, layer_idx) * float("nan")
+    def _attend(self, *args):
+        return super()._attend(*args) * float("nan")
 
 
 @pytest.mark.parametrize(
@@ -166,6 +174,7 @@ class GivesNaN(PBS):
         (GivesNaN, "dense"),
         (IgnoresPadding, "padding left"),
         (DropsTheCache, "prefix"),
+        (SelectsTooLittleOfACache, "prefix"),
     ],
 )
 def test_stops_a_wrong_method(llama, method_class, check, monkeypatch):

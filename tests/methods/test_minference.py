@@ -161,7 +161,7 @@ def write(tmp_path, layers):
 
 
 def official(path, **params):
-    small = {"num_sinks": 4, "num_local": 8, "top_k": 2, **params}
+    small = {"num_sinks": 4, "num_local": 8, "top_k": 2, "decode_below": 0, **params}
     return build_method("minference", preset="official", config_path=path, **small)
 
 

@@ -73,7 +73,7 @@ def test_sorting_queries_does_not_wait_for_the_device():
 
 
 def method_of(target, **changes):
-    params = {"block_size": B, "segment_size": S, "threshold": 0.6}
+    params = {"block_size": B, "segment_size": S, "threshold": 0.6, "decode_below": 0}
     return build_method("pbs", target=target, **{**params, **changes})
 
 

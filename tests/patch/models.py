@@ -3,9 +3,11 @@
 import torch
 from transformers import AutoModelForCausalLM as AutoModel
 from transformers import (
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     GptOssConfig,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -83,6 +85,26 @@ def make_model(name, *, attention="eager", **overrides):
     config = CONFIGS[name].__class__(**{**CONFIGS[name].to_dict(), **overrides})
     model = AutoModel.from_config(config, attn_implementation=attention, dtype=torch.float32)
     return model.eval()
+
+
+def make_hybrid():
+    """A model of three layers of which only the second is attention."""
+    layer_types = ["conv", "full_attention", "conv"]
+    sizes = SIZES | {"num_hidden_layers": 3, "layer_types": layer_types, "conv_L_cache": 3}
+    torch.manual_seed(0)
+    return AutoModel.from_config(Lfm2Config(**sizes), attn_implementation="eager").float().eval()
+
+
+def make_latent():
+    """A model with multi-head latent attention, whose values are narrower than its keys."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    sizes |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    sizes |= {"first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32}
+    sizes |= {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 24}
+    torch.manual_seed(0)
+    config = DeepseekV3Config(**sizes, vocab_size=VOCABULARY)
+    return AutoModel.from_config(config, attn_implementation="eager").eval()
 
 
 def random_ids(batch, length, seed=0):

@@ -25,6 +25,7 @@ from tests.patch.models import (
     REASONS,
     SPARSE_LAYERS,
     WINDOW,
+    make_latent,
     make_model,
     positions_of,
     random_ids,
@@ -185,27 +186,7 @@ def test_a_window_no_shorter_than_the_sequence_is_an_ordinary_layer():
 
 
 def test_narrow_values_of_latent_attention():
-    config = transformers.DeepseekV3Config(
-        hidden_size=64,
-        intermediate_size=64,
-        moe_intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        first_k_dense_replace=1,
-        q_lora_rank=32,
-        kv_lora_rank=32,
-        qk_rope_head_dim=16,
-        qk_nope_head_dim=16,
-        v_head_dim=24,
-        vocab_size=128,
-    )
-    torch.manual_seed(0)
-    model = AutoModel.from_config(config, attn_implementation="eager").eval()
+    model = make_latent()
     ids = random_ids(1, 150)
     expected = model(ids).logits
     with apply_patch_with_prefill(model, densest()):
@@ -507,6 +488,16 @@ def test_padding_between_real_tokens_is_refused():
         patched_llama()(random_ids(1, 60), attention_mask=mask)
 
 
+def test_virtual_tokens_before_padding_are_told_to_pad_on_the_right():
+    """As prompt tuning gives them: ones for the virtual tokens, then the padding on the left."""
+    mask = torch.ones(2, 68, dtype=torch.long)
+    mask[1, 8:30] = 0
+    with pytest.raises(NotImplementedError, match=r"prompt tuning.*: pad on the right"):
+        patched_llama()(random_ids(2, 68), attention_mask=mask)
+    padded_on_the_right = mask.sort(dim=1, descending=True).values
+    patched_llama()(random_ids(2, 68), attention_mask=padded_on_the_right)
+
+
 def test_custom_masks_are_refused():
     with pytest.raises(NotImplementedError, match=r"attention mask of shape \(1, 1, 60, 60\)"):
         patched_llama()(random_ids(1, 60), attention_mask=torch.zeros(1, 1, 60, 60))
@@ -515,12 +506,6 @@ def test_custom_masks_are_refused():
 def test_output_attentions_is_refused():
     with pytest.raises((NotImplementedError, ValueError), match="eager"):
         patched_llama()(random_ids(1, 60), output_attentions=True)
-
-
-def test_training_is_refused():
-    model = patched_llama().train()
-    with torch.enable_grad(), pytest.raises(NotImplementedError, match="training mode"):
-        model(random_ids(1, 60))
 
 
 class Attention(torch.nn.Module):

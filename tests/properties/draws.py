@@ -43,11 +43,11 @@ class Case:
     def build(self, folder: Path) -> AttentionMethod:
         """The method; a file that it reads is written to the folder."""
         if not self.heads:
-            return build_method(self.name, **self.params)
+            return build_method(self.name, decode_below=0, **self.params)
         path = folder / "heads.json"
         layer = {str(index): [*entry, 1.0] for index, entry in enumerate(self.heads)}
         path.write_text(json.dumps([layer]))
-        return build_method(self.name, config_path=str(path), **self.params)
+        return build_method(self.name, decode_below=0, config_path=str(path), **self.params)
 
     def tensors(self):
         """q, k and v of the call."""

@@ -126,7 +126,7 @@ STRANGE = (
 REFUSED = {
     "method=prism method.high_dims=3": "high_dims must be even",
     "method=prism method.low_dims=1000": "even number of dims",
-    "method=xattention method.threshold=[0.5]": "one threshold per query head (4), got 1",
+    "method=xattention method.threshold=[0.5]": "is for 1 head, the model has 4 heads",
     "method=xattention method.threshold=true": "threshold must be a number",
     "method=pbs bench.coverage_layers=[9]": "bench.coverage_layers must lie in [0, 1]",
     "method=pbs bench.coverage_heads=[99]": "bench.coverage_heads must lie in [0, 3]",

@@ -7,7 +7,7 @@ from importlib import import_module
 
 from torch import Tensor
 
-from pbs.ops.inputs import check_attention_inputs
+from pbs.ops.inputs import as_given, check_attention_inputs, refuse_gradient
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.stages import stage
 
@@ -18,7 +18,7 @@ class Backend(str, Enum):
     AUTO picks CPU for CPU tensors, and for CUDA tensors HOPPER where it can run the plan (an H100,
     16-bit dtypes, whole tiles of at least 128 queries), else TRITON; it never falls back further.
     To compare plans of both kinds by one kernel, ask for TRITON. REFERENCE is plain eager PyTorch
-    with N x N memory and defines what is right.
+    with N x N memory; it defines what is right, and is the only one with gradients.
     """
 
     AUTO = "auto"
@@ -48,12 +48,13 @@ def block_sparse_attention(
         backend: see :class:`Backend`.
 
     Returns:
-        ``[Z, Hq, Nq, D]`` in q's dtype; zeros for a query without keys.
+        ``[Z, Hq, Nq, D]`` in q's dtype, also under autocast; zeros for a query without keys.
 
     Raises:
         ValueError: shapes, devices or the plan do not fit, or the backend's name is unknown.
         TypeError: dtypes differ or are not floating point.
-        NotImplementedError: no backend for q's device, or the named backend cannot run there.
+        NotImplementedError: no backend for q's device, or the named backend cannot run there; grad
+            mode is on, q, k or v requires a gradient, and the backend is not REFERENCE.
 
     Source: arXiv 2510.21270, section 3.3; the loop over tiles is FlashAttention-2's.
     """
@@ -72,9 +73,11 @@ def block_sparse_attention(
     if scale is None:
         scale = q.shape[3] ** -0.5
     module_name, options = _resolve(backend, q.device.type)
+    if module_name != Backend.REFERENCE.value:
+        refuse_gradient(q, k, v)
     # Imported when used: a machine without Triton, or without need of it, never loads it.
     module = import_module(f"pbs.ops.block_sparse_attention.{module_name}")
-    with stage("attention"):
+    with stage("attention"), as_given(q):
         out: Tensor = module.block_sparse_attention(q, k, v, plan, scale=scale, **options)
     return out
 

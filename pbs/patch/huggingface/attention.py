@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,38 +12,24 @@ from torch.nn.functional import pad
 
 from pbs import compiled
 from pbs.methods import AttentionMethod, build_method
-from pbs.methods.base import CallRecord
 from pbs.ops.dense import dense_attention, dense_decode
 from pbs.ops.grid import Geometry
-from pbs.patch.huggingface.masks import MaskLayout, PaddingMask
+from pbs.ops.inputs import is_autocast, needs_gradient
+from pbs.patch.huggingface.masks import PaddingMask, agreed_window, read_mask
+from pbs.patch.huggingface.refusals import refuse_packed, refuse_unsupported
 from pbs.patch.huggingface.report import LayerCounter
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 # Where a patched attention module keeps what the patch decided for it.
 LAYER_ATTRIBUTE = "_pbs_layer"
 
-# Keyword arguments that do not change what attention computes.
-_HARMLESS = frozenset(
-    {
-        "cache_position",
-        "num_items_in_batch",
-        "output_hidden_states",
-        "output_router_logits",
-        "position_embeddings",
-        "return_dict",
-        "use_cache",
-    }
-)
-
 
 @dataclass
 class PatchedLayer:
-    """What one attention module runs: a method, or None where the layer stays dense."""
+    """What one attention module runs, and who counts it; a skipped layer stays dense."""
 
-    method: AttentionMethod | None
+    method: AttentionMethod
     counter: LayerCounter
+    is_skipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,16 +90,31 @@ def attention_forward(
         ``[Z, Nq, Hq, Dv]``, contiguous, and None (no attention weights are ever formed).
 
     Raises:
-        NotImplementedError: the layer asks for something this function does not compute.
+        NotImplementedError: the layer asks for something this function does not compute; grad mode
+            is on, query, key or value requires a gradient, and the method's plan is sparse. Dense
+            calls and backend "reference" have their gradients.
         ValueError: the mask does not fit the queries and keys.
     """
+    query, key, value = _autocast(query, key, value)
+    followed = (query, key, value) if s_aux is None else (query, key, value, s_aux)
     settings = (scaling, dropout, sliding_window, softcap, s_aux, position_ids, is_causal)
-    if torch.compiler.is_compiling() and attention_mask is None:
+    if torch.compiler.is_compiling() and attention_mask is None and not needs_gradient(*followed):
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        _refuse_unsupported(module, query, dropout, is_causal, kwargs)
+        refuse_unsupported(module, dropout, is_causal, kwargs)
         handle = compiled.handle_of(module)
         return patched_attention(query, key, value, handle, *settings[:1], *settings[2:]), None
     return _attend(module, query, key, value, attention_mask, *settings, kwargs)
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in autocast's dtype, if it is on, as PyTorch's own attention takes them.
+
+    Some models pass queries in fp32 beside values that autocast has made.
+    """
+    if not is_autocast(tensors[0]) or tensors[0].dtype == torch.float64:
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return [tensor.to(dtype) for tensor in tensors]
 
 
 @torch.library.custom_op("pbs::patched_attention", mutates_args=())
@@ -157,7 +158,8 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:  # noqa:
     return query.new_empty(batch, num_queries, num_heads, value.shape[3])
 
 
-# Padded batches: how the mask is laid out is read back, once per forward, which no graph holds.
+# How the mask of a padded batch is laid out is read back, once per forward, which no graph holds;
+# nor does one hold a call that needs a gradient, which the operator above does not have.
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def _attend(
     module: nn.Module,
@@ -180,13 +182,13 @@ def _attend(
     if is_causal is None or query.shape[2] == 1 or isinstance(attention_mask, PaddingMask):
         # Some models say False whenever they pass a mask; a mask of ours is known to be causal.
         is_causal = getattr(module, "is_causal", True)
-    _refuse_unsupported(module, query, dropout, is_causal, kwargs)
+    refuse_unsupported(module, dropout, is_causal, kwargs)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     head_dim = value.shape[3]
     value = _pad_head_dim(value, query.shape[3], module)
-    mask, layout = _read_mask(attention_mask, query, key)
+    mask, layout = read_mask(attention_mask, query, key)
     if layout is not None and layout.num_queries > 1:
-        sliding_window = _agreed_window(sliding_window, layout)
+        sliding_window = agreed_window(sliding_window, layout)
     elif sliding_window is not None and sliding_window >= key.shape[2]:
         sliding_window = None
     special = _Special(sliding_window, softcap, s_aux)
@@ -195,7 +197,7 @@ def _attend(
         layer.counter.add_decode()
     else:
         geometry = None if layout is None else layout.geometry
-        _refuse_packed(position_ids, geometry, layer_idx)
+        refuse_packed(position_ids, geometry, layer_idx)
         out = _prefill(layer, query, key, value, scale, layer_idx, geometry, special)
     return out[..., :head_dim].transpose(1, 2).contiguous(), None
 
@@ -211,27 +213,32 @@ def _prefill(
     special: _Special,
 ) -> Tensor:
     """The layer's method, or dense attention where the model or the user asks for it."""
-    method = layer.method
-    reason = special.reason or ("skipped layer" if method is None else "")
-    if reason or method is None:
-        layer.counter.add_dense(reason, num_sequences=query.shape[0])
+    reason = special.reason or ("skipped layer" if layer.is_skipped else "")
+    if reason:
+        _count_dense(layer, reason, query, key, geometry)
         return _dense_prefill(query, key, value, scale, geometry, special)
-    # The recorder is chained for this call only, so that whoever set one on the method, before or
-    # after the patch, still hears every call, and a method shared by two models counts in each.
-    previous = method.recorder
-    method.recorder = partial(_record, layer.counter, previous)
-    try:
-        return method(query, key, value, scale=scale, layer_idx=layer_idx, geometry=geometry)
-    finally:
-        method.recorder = previous
+    return layer.method(
+        query,
+        key,
+        value,
+        scale=scale,
+        layer_idx=layer_idx,
+        geometry=geometry,
+        recorder=layer.counter.add_record,
+    )
 
 
-def _record(
-    counter: LayerCounter, previous: Callable[[CallRecord], None] | None, record: CallRecord
+def _count_dense(
+    layer: PatchedLayer, reason: str, query: Tensor, key: Tensor, geometry: Geometry | None
 ) -> None:
-    counter.add_record(record)
-    if previous is not None:
-        previous(record)
+    """Count as a method's records do: each length of a padded batch, decoding steps as such."""
+    if geometry is None:
+        geometry = Geometry.unpadded(query.shape[0], query.shape[2], key.shape[2])
+    for members, rows, slots in geometry.spans():
+        if layer.method.is_decode_step(rows.stop - rows.start, slots.stop - slots.start):
+            layer.counter.add_decode()
+        else:
+            layer.counter.add_dense(reason, num_sequences=len(members))
 
 
 def _dense_prefill(
@@ -280,70 +287,6 @@ def _decode(
     )
 
 
-def _read_mask(
-    attention_mask: Tensor | None, query: Tensor, key: Tensor
-) -> tuple[Tensor | None, MaskLayout | None]:
-    """The mask as a plain tensor with its layout, checked against the tensors it came with."""
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    if num_queries > num_keys:
-        raise ValueError(
-            f"more queries than keys: got {num_queries} and {num_keys}; causal self-attention keys "
-            "include the queries' own tokens"
-        )
-    if attention_mask is None:
-        return None, None
-    if attention_mask.ndim != 2:
-        raise NotImplementedError(
-            "pbs attention got an attention mask of shape "
-            f"{tuple(attention_mask.shape)}: a custom mask, or a model that builds its masks "
-            "outside transformers' mask registry. Pass a padding mask [Z, N], or run this model "
-            "with attn_implementation='sdpa'"
-        )
-    if attention_mask.shape != (query.shape[0], num_keys):
-        raise ValueError(
-            f"expected an attention mask [{query.shape[0]}, {num_keys}] (sequences, keys), got "
-            f"{tuple(attention_mask.shape)}; layers with another number of keys than the mask was "
-            "made for (cross-attention, shared caches) are not supported"
-        )
-    if isinstance(attention_mask, PaddingMask):
-        layout = attention_mask.key_layout
-        if layout.num_queries != num_queries:
-            raise ValueError(
-                f"the attention mask was made for {layout.num_queries} queries, got {num_queries}"
-            )
-        return attention_mask.plain(), layout
-    return attention_mask != 0, _layout_of_plain_mask(attention_mask, num_queries)
-
-
-def _layout_of_plain_mask(mask: Tensor, num_queries: int) -> MaskLayout:
-    """Layout of a padding mask that did not come from the registry: queries must be last."""
-    num_keys = mask.shape[1]
-    if num_queries == 1:
-        return MaskLayout(1, None, None, None)
-    geometry = Geometry.from_padding_mask(mask, num_queries=num_queries)
-    if max(geometry.ends) < num_keys:
-        raise NotImplementedError(
-            f"the padding mask leaves the last {num_keys - max(geometry.ends)} of {num_keys} keys "
-            "out in every sequence and does not say where the queries are; register the mask "
-            "function of pbs for this model's attention, or cut the keys"
-        )
-    return MaskLayout(num_queries, geometry, None, num_keys)
-
-
-def _agreed_window(of_layer: int | None, layout: MaskLayout) -> int | None:
-    """The window that acts; the mask has the say, as in transformers' own eager attention."""
-    if of_layer is None or of_layer == layout.sliding_window:
-        return layout.sliding_window
-    is_wider = layout.num_written is not None and of_layer >= layout.num_written
-    if layout.sliding_window is None and is_wider:
-        return None
-    raise NotImplementedError(
-        f"the layer asks for a sliding window of {of_layer}, its mask for "
-        f"{layout.sliding_window or 'none'}; pbs attention does not guess. Run this model with "
-        "attn_implementation='sdpa'"
-    )
-
-
 def _pad_head_dim(value: Tensor, head_dim: int, module: nn.Module) -> Tensor:
     """Values as wide as the keys (multi-head latent attention has narrower ones)."""
     missing = head_dim - value.shape[3]
@@ -353,62 +296,6 @@ def _pad_head_dim(value: Tensor, head_dim: int, module: nn.Module) -> Tensor:
             f"{head_dim}; pbs attention supports values at most as wide as keys"
         )
     return pad(value, (0, missing)) if missing else value
-
-
-def _refuse_unsupported(
-    module: nn.Module,
-    query: Tensor,
-    dropout: float,
-    is_causal: bool,
-    kwargs: dict[str, Any],
-) -> None:
-    name = type(module).__name__
-    if not is_causal:
-        raise NotImplementedError(
-            f"{name} is not causal (encoder or cross-attention); pbs attention is for causal "
-            "self-attention. Run this model with attn_implementation='sdpa'"
-        )
-    if dropout > 0:
-        raise NotImplementedError(
-            f"{name} asks for attention dropout {dropout}; pbs attention is for inference: call "
-            "model.eval()"
-        )
-    if module.training and torch.is_grad_enabled() and query.requires_grad:
-        raise NotImplementedError(
-            f"{name} is in training mode; pbs attention has no backward pass: call model.eval()"
-        )
-    for key, value in kwargs.items():
-        if value is None or value is False or key in _HARMLESS:
-            continue
-        if key == "output_attentions":
-            raise NotImplementedError(
-                "output_attentions=True needs attention weights, which pbs attention never forms; "
-                "load the model with attn_implementation='eager'"
-            )
-        raise NotImplementedError(
-            f"{name} passes {key!r}, which pbs attention does not know; ignoring it could give "
-            "wrong results. Run this model with attn_implementation='sdpa'"
-        )
-
-
-def _refuse_packed(
-    position_ids: Tensor | None, geometry: Geometry | None, layer_idx: int | None
-) -> None:
-    """Refuse positions that start again inside a sequence; read back once per forward."""
-    if position_ids is None or position_ids.ndim != 2 or layer_idx not in (None, 0):
-        return
-    steps_back = position_ids[:, 1:] <= position_ids[:, :-1]
-    if geometry is not None:
-        rows = torch.arange(1, position_ids.shape[1], device=position_ids.device)
-        rows = rows + geometry.query_offset
-        starts = torch.tensor(geometry.starts, device=position_ids.device)[:, None]
-        ends = torch.tensor(geometry.ends, device=position_ids.device)[:, None]
-        steps_back = steps_back & (rows > starts) & (rows < ends)
-    if bool(steps_back.any()):
-        raise NotImplementedError(
-            "position_ids start again inside a sequence: packed sequences would attend to each "
-            "other. Pass them as a padded batch with an attention_mask"
-        )
 
 
 @cache

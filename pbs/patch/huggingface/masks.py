@@ -211,6 +211,70 @@ def _cut(
     return part.expand(batch_size, -1)
 
 
+def read_mask(
+    attention_mask: Tensor | None, query: Tensor, key: Tensor
+) -> tuple[Tensor | None, MaskLayout | None]:
+    """The mask as a plain tensor with its layout, checked against the tensors it came with."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if num_queries > num_keys:
+        raise ValueError(
+            f"more queries than keys: got {num_queries} and {num_keys}; causal self-attention keys "
+            "include the queries' own tokens"
+        )
+    if attention_mask is None:
+        return None, None
+    if attention_mask.ndim != 2:
+        raise NotImplementedError(
+            "pbs attention got an attention mask of shape "
+            f"{tuple(attention_mask.shape)}: a custom mask, or a model that builds its masks "
+            "outside transformers' mask registry. Pass a padding mask [Z, N], or run this model "
+            "with attn_implementation='sdpa'"
+        )
+    if attention_mask.shape != (query.shape[0], num_keys):
+        raise ValueError(
+            f"expected an attention mask [{query.shape[0]}, {num_keys}] (sequences, keys), got "
+            f"{tuple(attention_mask.shape)}; layers with another number of keys than the mask was "
+            "made for (cross-attention, shared caches) are not supported"
+        )
+    if isinstance(attention_mask, PaddingMask):
+        layout = attention_mask.key_layout
+        if layout.num_queries != num_queries:
+            raise ValueError(
+                f"the attention mask was made for {layout.num_queries} queries, got {num_queries}"
+            )
+        return attention_mask.plain(), layout
+    return attention_mask != 0, _layout_of_plain_mask(attention_mask, num_queries)
+
+
+def _layout_of_plain_mask(mask: Tensor, num_queries: int) -> MaskLayout:
+    """Layout of a padding mask that did not come from the registry: queries must be last."""
+    num_keys = mask.shape[1]
+    if num_queries == 1:
+        return MaskLayout(1, None, None, None)
+    geometry = Geometry.from_padding_mask(mask, num_queries=num_queries)
+    if max(geometry.ends) < num_keys:
+        raise NotImplementedError(
+            f"the padding mask leaves the last {num_keys - max(geometry.ends)} of {num_keys} keys "
+            "out in every sequence and does not say where the queries are; register the mask "
+            "function of pbs for this model's attention, or cut the keys"
+        )
+    return MaskLayout(num_queries, geometry, None, num_keys)
+
+
+def agreed_window(of_layer: int | None, layout: MaskLayout) -> int | None:
+    """The window that acts; the mask has the say, as in transformers' own eager attention."""
+    if of_layer is None or of_layer == layout.sliding_window:
+        return layout.sliding_window
+    is_wider = layout.num_written is not None and of_layer >= layout.num_written
+    if layout.sliding_window is None and is_wider:
+        return None
+    raise NotImplementedError(
+        f"the layer asks for a sliding window of {of_layer}, its mask for "
+        f"{layout.sliding_window or 'none'}; pbs attention does not guess. Run this model with "
+        "attn_implementation='sdpa'"
+    )
+
+
 def _query_placement(kwargs: Mapping[str, Any]) -> tuple[int, int | Tensor, torch.device]:
     """Nq, absolute position of the first query, and the device, in any version's words."""
     if "cache_position" in kwargs:

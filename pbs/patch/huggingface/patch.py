@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from pbs.methods import AttentionMethod
 from pbs.patch.huggingface.attention import LAYER_ATTRIBUTE, PatchedLayer
+from pbs.patch.huggingface.generation import after_prefill
 from pbs.patch.huggingface.report import LayerCounter, PatchReport
 from pbs.patch.huggingface.support import find_attention_layers
 
@@ -52,8 +53,8 @@ class Patch:
         for module in self._modules:
             index = int(module.layer_idx)  # type: ignore[arg-type]
             counter = self._counters.setdefault(index, LayerCounter(index))
-            method = None if index in self.skip_layers else self.method
-            setattr(module, LAYER_ATTRIBUTE, PatchedLayer(method, counter))
+            layer = PatchedLayer(self.method, counter, is_skipped=index in self.skip_layers)
+            setattr(module, LAYER_ATTRIBUTE, layer)
 
     def undo(self, model: PreTrainedModel) -> None:
         """Give the model back what it had; see :func:`remove_patch`."""
@@ -74,11 +75,18 @@ def apply_patch_with_prefill(
     """Let a causal language model run an attention method in prefill.
 
     Decoding steps stay dense, and so do layers that ask for more than causal attention (sliding
-    windows, soft caps, sinks); :func:`get_patch` tells what ran how. The model can be used as a
-    context manager, which removes the patch at the end::
+    windows, soft caps, sinks); :func:`get_patch` tells what ran how. A decoding step is a call with
+    fewer new tokens than ``prefill_fn.decode_below`` on a filled cache: single tokens, the tokens
+    of an assistant model or a prompt look-up, which ``generate`` then lets begin after the prefill
+    (so that the tokens are those without them), short follow-ups, and the last part of a prefill
+    in chunks if it is that short. The model can be used as a context manager, which removes the
+    patch at the end::
 
         with apply_patch_with_prefill(model, build_method("pbs")) as model:
             model.generate(**inputs)
+
+    Threads may share it. A copy (``copy.deepcopy``, pickle, ``torch.save``, a spawned process) is
+    patched on its own, with a copy of the method and of the counts.
 
     Args:
         model: a transformers model whose attention goes through the attention registry.
@@ -90,7 +98,8 @@ def apply_patch_with_prefill(
 
     Raises:
         TypeError: ``model`` or ``prefill_fn`` of a wrong type.
-        ValueError: already patched, or ``skip_layers`` names a layer the model does not have.
+        ValueError: already patched, ``skip_layers`` names a layer the model does not have, or the
+            method's settings are for a model with other layers or heads.
         NotImplementedError: the model's attention cannot be replaced; nothing was changed.
     """
     if not isinstance(prefill_fn, AttentionMethod):
@@ -100,6 +109,7 @@ def apply_patch_with_prefill(
             "your function in a subclass of pbs.AttentionMethod that overrides plan()"
         )
     layers = find_attention_layers(model)
+    prefill_fn.check_model(**_sizes_of(model))
     if hasattr(model, _PATCH_ATTRIBUTE) or any(
         hasattr(module, LAYER_ATTRIBUTE) for module in layers.values()
     ):
@@ -122,7 +132,7 @@ def apply_patch_with_prefill(
             )
     patch = Patch(prefill_fn, skipped, modules, configs, type(model))
     setattr(model, _PATCH_ATTRIBUTE, patch)
-    model.__class__ = _with_context_manager(type(model))
+    model.__class__ = _patched_class(type(model))
     return model
 
 
@@ -153,10 +163,11 @@ def get_patch(model: PreTrainedModel) -> Patch:
     return patch
 
 
-def _with_context_manager(model_class: type) -> type:
-    """A subclass that ``with`` accepts; ``with`` looks its methods up on the class.
+def _patched_class(model_class: Any) -> type:
+    """A subclass for ``with`` and pickle, whose prefill no assistant changes.
 
-    Name and module are the original's, so that save_pretrained writes the right architecture.
+    ``with`` and pickle look on the class, not on the model. Name and module are the original's, so
+    that save_pretrained writes the right architecture.
     """
 
     def enter(self: PreTrainedModel) -> PreTrainedModel:
@@ -165,17 +176,44 @@ def _with_context_manager(model_class: type) -> type:
     def leave(self: PreTrainedModel, *exception: object) -> None:  # noqa: ARG001 - the protocol
         remove_patch(self)
 
+    def reduce(self: PreTrainedModel, protocol: int) -> tuple[Any, ...]:
+        build, arguments, *state = model_class.__reduce_ex__(self, max(protocol, 2))
+        own = tuple(model_class if item is type(self) else item for item in arguments)
+        return _build_patched, (model_class, build, own), *state
+
+    def get_candidate_generator(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return after_prefill(model_class._get_candidate_generator(self, *args, **kwargs))
+
     return type(
         model_class.__name__,
         (model_class,),
         {
             "__enter__": enter,
             "__exit__": leave,
+            "__reduce_ex__": reduce,
             "__module__": model_class.__module__,
             "__qualname__": model_class.__qualname__,
             "__doc__": model_class.__doc__,
+            "_get_candidate_generator": get_candidate_generator,
         },
     )
+
+
+def _build_patched(model_class: Any, build: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """A copy of a patched model as copy and pickle make it, before its state is set."""
+    model = build(*arguments)
+    model.__class__ = _patched_class(model_class)
+    return model
+
+
+def _sizes_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What a method's settings per layer and head must fit, by the model's config."""
+    config = model.config.get_text_config()
+    num_heads = getattr(config, "num_attention_heads", None)
+    return {
+        "num_layers": config.num_hidden_layers,
+        "num_heads": num_heads if isinstance(num_heads, int) else None,
+    }
 
 
 def _configs_of(model: PreTrainedModel) -> list[Any]:

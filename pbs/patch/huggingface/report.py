@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from threading import Lock
 
 import torch
 from torch import Tensor
 
-from pbs.methods.base import CallRecord
+from pbs.methods.base import DECODE, CallRecord
 
-DECODE = "decode"
+# One for all counters, which can so be copied and pickled; it is held for a few additions.
+_counting = Lock()
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class LayerReport:
     Attributes:
         layer_idx: the layer.
         sparse_calls: prefill calls that ran sparse.
-        dense_calls: dense calls by reason; "decode" counts single-token steps.
+        dense_calls: dense calls by reason; "decode" counts decoding steps: single tokens, and calls
+            with fewer new tokens than the method's ``decode_below`` on a filled cache.
         density: tiles computed / tiles dense causal attention computes, mean over the sequences of
             all prefill calls and over heads; a dense call counts 1. None without prefill.
     """
@@ -88,7 +91,10 @@ class PatchReport:
 
 @dataclass
 class LayerCounter:
-    """Counts the calls of one layer; densities stay on the device until the report is read."""
+    """Counts the calls of one layer; densities stay on the device until the report is read.
+
+    Threads may count and read at once.
+    """
 
     layer_idx: int
     sparse_calls: int = 0
@@ -98,31 +104,39 @@ class LayerCounter:
 
     def add_record(self, record: CallRecord) -> None:
         """Count a call of a method."""
-        density = record.plan.density()
-        if record.plan.is_dense:
-            self._count_dense(record.plan.reason or "dense plan")
-        else:
-            self.sparse_calls += 1
+        if record.is_decode:
+            self.add_decode()
+            return
+        plan = record.plan
         # Sums as fp64 on the device: no synchronisation, and no drift over a long run.
-        self._density_sum = self._density_sum + density.mean(dim=1, dtype=torch.float64).sum()
-        self._num_sequences += density.shape[0]
+        density = plan.density().mean(dim=1, dtype=torch.float64).sum()
+        with _counting:
+            if plan.is_dense:
+                self._count_dense(plan.reason or "dense plan")
+            else:
+                self.sparse_calls += 1
+            self._density_sum = self._density_sum + density
+            self._num_sequences += plan.batch_size
 
     def add_dense(self, reason: str, *, num_sequences: int) -> None:
         """Count a prefill call that the plug-in itself computed dense."""
-        self._count_dense(reason)
-        self._density_sum = self._density_sum + float(num_sequences)
-        self._num_sequences += num_sequences
+        with _counting:
+            self._count_dense(reason)
+            self._density_sum = self._density_sum + float(num_sequences)
+            self._num_sequences += num_sequences
 
     def add_decode(self) -> None:
         """Count a decoding step; it has no part in the density."""
-        self._count_dense(DECODE)
+        with _counting:
+            self._count_dense(DECODE)
 
     def report(self) -> LayerReport:
         """The counts so far (one synchronisation with the device)."""
-        density = None
-        if self._num_sequences:
-            density = float(self._density_sum) / self._num_sequences
-        return LayerReport(self.layer_idx, self.sparse_calls, dict(self.dense_calls), density)
+        with _counting:
+            total, num_sequences = self._density_sum, self._num_sequences
+            sparse_calls, dense_calls = self.sparse_calls, dict(self.dense_calls)
+        density = float(total) / num_sequences if num_sequences else None
+        return LayerReport(self.layer_idx, sparse_calls, dense_calls, density)
 
     def _count_dense(self, reason: str) -> None:
         self.dense_calls[reason] = self.dense_calls.get(reason, 0) + 1
