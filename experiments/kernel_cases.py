@@ -104,6 +104,9 @@ def _order_and_gather() -> dict[str, Case]:
         k = _tensor(head_dim, "bf16")
         proxy, name = k[:, :, -128:], f"bf16 D={head_dim}"
         found[f"key importance {name}"] = partial(permutation.key_importance, proxy, k, scale=1.0)
+        found[f"key importance {name} of means"] = partial(
+            permutation.key_importance, proxy.float(), k, scale=1.0
+        )
         found[f"segment order {name} S=256"] = partial(
             permutation.importance_order, proxy, k, scale=1.0, segment_size=256
         )

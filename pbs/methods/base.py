@@ -199,7 +199,8 @@ class AttentionMethod(ABC):
             grid = BlockGrid(q.shape[2], k.shape[2], 128, 128)
             plan = AttentionPlan.dense(grid, q.shape[0], q.shape[1], device=q.device, reason=reason)
         else:
-            with stage("selection"):
+            # Autocast would run the fp32 products of a selection in 16 bits.
+            with stage("selection"), torch.autocast(q.device.type, enabled=False):
                 plan = self.plan(q, k, scale=scale, layer_idx=layer_idx)
         if self.recorder is not None:
             self.recorder(CallRecord(layer_idx, q, k, scale, plan))
