@@ -147,7 +147,13 @@ def _selection() -> dict[str, Case]:
         limits = torch.tensor([num_tiles])
         bounds = {"threshold": 0.9, "candidates": limits, "limits": limits, "forced": None}
         found[f"top-p T={num_tiles}"] = partial(
-            selection.select_top_p_blocks, torch.rand(1, 1, 1, num_tiles), **bounds
+            selection.select_top_p_blocks, torch.rand(1, 1, 1, num_tiles), **bounds, covered=None
+        )
+        found[f"top-p T={num_tiles} credited"] = partial(
+            selection.select_top_p_blocks,
+            torch.rand(1, 1, 1, num_tiles),
+            **{**bounds, "forced": torch.zeros(1, 1, dtype=torch.int64)},
+            covered=torch.rand(1, 1, 1),
         )
         found[f"pooled top-p T={num_tiles}"] = partial(
             selection.select_pooled_blocks,
