@@ -136,6 +136,18 @@ def _antidiagonal() -> dict[str, Case]:
         found[f"antidiagonal bf16 D={head_dim} s={stride}"] = partial(
             antidiagonal_block_sums, x, x, stride=stride, scale=1.0, grid=grid, backend="triton"
         )
+    beside = torch.zeros(1, 4, grid.num_query_tiles * 128 // stride)
+    found[f"antidiagonal bf16 D={head_dim} s={stride} credited"] = partial(
+        antidiagonal_block_sums,
+        x,
+        x,
+        stride=stride,
+        scale=1.0,
+        grid=grid,
+        limits=grid.past_tiles().sum(dim=-1),
+        beside=beside,
+        backend="triton",
+    )
     return found
 
 

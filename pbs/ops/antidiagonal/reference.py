@@ -14,7 +14,14 @@ MAX_LOGITS = 1 << 24
 
 
 def antidiagonal_block_sums(
-    q: Tensor, k: Tensor, *, stride: int, scale: float, grid: BlockGrid, ends: Tensor
+    q: Tensor,
+    k: Tensor,
+    *,
+    stride: int,
+    scale: float,
+    grid: BlockGrid,
+    ends: Tensor,
+    beside: Tensor | None,
 ) -> Tensor:
     """One key/value head at a time, which alone is held in fp32; see :func:`_head_sums`."""
     batch, num_heads = q.shape[:2]
@@ -26,7 +33,14 @@ def antidiagonal_block_sums(
         keys = keys.unflatten(1, (-1, stride)).flatten(2)  # [Z, groups, s D]
         mine = slice(head * groups, (head + 1) * groups)
         _head_sums(
-            sums[:, mine], q[:, mine], keys, stride=stride, scale=scale, grid=grid, ends=ends
+            sums[:, mine],
+            q[:, mine],
+            keys,
+            stride=stride,
+            scale=scale,
+            grid=grid,
+            ends=ends,
+            beside=None if beside is None else beside[:, mine],
         )
     return sums
 
@@ -40,6 +54,7 @@ def _head_sums(
     scale: float,
     grid: BlockGrid,
     ends: Tensor,
+    beside: Tensor | None,
 ) -> None:
     """One matrix product per chunk: groups reshaped to vectors of s D, queries reversed in them.
 
@@ -64,7 +79,12 @@ def _head_sums(
         logits = reverse.flatten(1, 2) @ keys[:, columns].transpose(-1, -2)
         logits = logits.unflatten(1, reverse.shape[1:3]).mul_(scale / stride)
         hidden = places[columns] >= ends[rows, None]
-        weights = logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+        logits.masked_fill_(hidden, float("-inf"))
+        if beside is None:
+            weights = logits.softmax(dim=-1)
+        else:
+            total = torch.logaddexp(logits.logsumexp(dim=-1), beside[:, :, rows])
+            weights = logits.sub_(total.unsqueeze(-1)).exp_()
         del logits
         # A group that attends to nothing has only -inf: its softmax is NaN.
         weights.masked_fill_(hidden, 0.0)
