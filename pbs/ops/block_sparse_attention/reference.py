@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pbs.ops.block_sparse_attention.common import weighted_values
 from pbs.ops.plan import AttentionPlan
 
 
@@ -22,4 +23,4 @@ def block_sparse_attention(
         logits = logits.masked_fill(~mask, float("-inf"))
         # A query without keys has only -inf: its softmax is NaN, its output is defined as 0.
         probabilities = logits.softmax(dim=-1).masked_fill(~mask, 0.0)
-        return (probabilities @ v).to(q.dtype)
+        return weighted_values(probabilities, v, mask).to(q.dtype)

@@ -20,10 +20,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from pbs.ops.block_sparse_attention.triton_hopper import hopper_options
 from pbs.ops.block_sparse_attention.triton_hopper import launch as launch_hopper
 from pbs.ops.block_sparse_attention.triton_parts import (
+    attend_windows_by_value,
     load_rows,
     load_tile,
     offset,
     online_softmax,
+    sees,
 )
 from pbs.ops.block_sparse_attention.tuned import tuned
 from pbs.ops.permutation import gather_keys
@@ -108,67 +110,13 @@ def block_sparse_attention_fwd_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
 
-    # 1. Key tiles that every row sees, in plan order: no mask. They are whole, so all keys exist.
-    lists = blocks_ptr + offset(blocks_strides, batch, head) + tile * blocks_strides[2]
-    count = tl.load(
-        num_blocks_ptr + offset(num_blocks_strides, batch, head) + tile * num_blocks_strides[2]
-    )
-    order_head = head // ORDER_GROUP
-    plane = batch * num_order_heads + order_head
-    k_base = ordered_k_ptr + offset(ordered_k_strides, batch, order_head)
-    v_base = ordered_v_ptr + offset(ordered_v_strides, batch, order_head)
     PARTS: tl.constexpr = KEY_TILE // BLOCK_N
-    for step in range(count * PARTS):
-        start = tl.load(lists + step // PARTS).to(tl.int32) * KEY_TILE + step % PARTS * BLOCK_N
-        k = load_tile(
-            ordered_k_descriptor,
-            k_base,
-            plane,
-            start,
-            ordered_k_strides[2],
-            num_keys,
-            HEAD_DIM,
-            BLOCK_N,
-            BLOCK_D,
-            USE_TMA,
-        )
-        v = load_tile(
-            ordered_v_descriptor,
-            v_base,
-            plane,
-            start,
-            ordered_v_strides[2],
-            num_keys,
-            HEAD_DIM,
-            BLOCK_N,
-            BLOCK_D,
-            USE_TMA,
-        )
-        acc, row_max, row_sum = online_softmax(
-            acc, row_max, row_sum, q, k, v, real[:, None], scale_log2, False
-        )
-
     plane = batch * num_kv_heads + head // KV_GROUP
     k_base = k_ptr + offset(k_strides, batch, head // KV_GROUP)
     v_base = v_ptr + offset(v_strides, batch, head // KV_GROUP)
-    # 2. Single columns in natural order, gathered BLOCK_N at a time.
-    if HAS_COLUMNS:
-        lists = columns_ptr + offset(columns_strides, batch, head) + tile * columns_strides[2]
-        count = tl.load(
-            num_columns_ptr
-            + offset(num_columns_strides, batch, head)
-            + tile * num_columns_strides[2]
-        )
-        for step in range(0, count, BLOCK_N):
-            exists = step + keys < count
-            column = tl.load(lists + step + keys, mask=exists, other=0)
-            k = load_rows(k_base, column, k_strides[2], exists, dims, HEAD_DIM)
-            v = load_rows(v_base, column, v_strides[2], exists, dims, HEAD_DIM)
-            acc, row_max, row_sum = online_softmax(
-                acc, row_max, row_sum, q, k, v, exists[None, :], scale_log2, True
-            )
-
-    # 3. Windows in natural order, with the causal mask per token.
+    # 1. Windows in natural order, with the causal mask per token.
+    num_init = 0
+    num_local = 0
     if HAS_LOCAL_WINDOW:
         num_init = tl.load(local_window_ptr + head * 2)
         num_local = tl.load(local_window_ptr + head * 2 + 1)
@@ -203,13 +151,87 @@ def block_sparse_attention_fwd_kernel(
             USE_TMA,
         )
         key = start + keys
-        seen = key[None, :] <= positions[:, None]
-        if HAS_LOCAL_WINDOW:
-            near = positions[:, None] - key[None, :] < num_local
-            seen = seen & ((key < num_init)[None, :] | near)
+        seen = sees(positions[:, None], key[None, :], num_init, num_local, HAS_LOCAL_WINDOW)
         acc, row_max, row_sum = online_softmax(
             acc, row_max, row_sum, q, k, v, seen, scale_log2, True
         )
+    # 0 * NaN and 0 * inf: a value that is not finite has reached rows that do not see it. Windows
+    # alone are masked, so nothing after them can do that.
+    if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
+        acc, row_max, row_sum = attend_windows_by_value(
+            q,
+            k_base,
+            v_base,
+            k_strides[2],
+            v_strides[2],
+            lists,
+            count,
+            positions,
+            num_keys,
+            num_init,
+            num_local,
+            scale_log2,
+            HEAD_DIM,
+            BLOCK_N,
+            KEY_TILE,
+            HAS_LOCAL_WINDOW,
+        )
+
+    # 2. Key tiles that every row sees, in plan order: no mask. They are whole, so all keys exist.
+    lists = blocks_ptr + offset(blocks_strides, batch, head) + tile * blocks_strides[2]
+    count = tl.load(
+        num_blocks_ptr + offset(num_blocks_strides, batch, head) + tile * num_blocks_strides[2]
+    )
+    order_head = head // ORDER_GROUP
+    plane = batch * num_order_heads + order_head
+    ordered_k_base = ordered_k_ptr + offset(ordered_k_strides, batch, order_head)
+    ordered_v_base = ordered_v_ptr + offset(ordered_v_strides, batch, order_head)
+    for step in range(count * PARTS):
+        start = tl.load(lists + step // PARTS).to(tl.int32) * KEY_TILE + step % PARTS * BLOCK_N
+        k = load_tile(
+            ordered_k_descriptor,
+            ordered_k_base,
+            plane,
+            start,
+            ordered_k_strides[2],
+            num_keys,
+            HEAD_DIM,
+            BLOCK_N,
+            BLOCK_D,
+            USE_TMA,
+        )
+        v = load_tile(
+            ordered_v_descriptor,
+            ordered_v_base,
+            plane,
+            start,
+            ordered_v_strides[2],
+            num_keys,
+            HEAD_DIM,
+            BLOCK_N,
+            BLOCK_D,
+            USE_TMA,
+        )
+        acc, row_max, row_sum = online_softmax(
+            acc, row_max, row_sum, q, k, v, real[:, None], scale_log2, False
+        )
+
+    # 3. Single columns in natural order, gathered BLOCK_N at a time.
+    if HAS_COLUMNS:
+        lists = columns_ptr + offset(columns_strides, batch, head) + tile * columns_strides[2]
+        count = tl.load(
+            num_columns_ptr
+            + offset(num_columns_strides, batch, head)
+            + tile * num_columns_strides[2]
+        )
+        for step in range(0, count, BLOCK_N):
+            exists = step + keys < count
+            column = tl.load(lists + step + keys, mask=exists, other=0)
+            k = load_rows(k_base, column, k_strides[2], exists, dims, HEAD_DIM)
+            v = load_rows(v_base, column, v_strides[2], exists, dims, HEAD_DIM)
+            acc, row_max, row_sum = online_softmax(
+                acc, row_max, row_sum, q, k, v, exists[None, :], scale_log2, True
+            )
 
     # A query without keys has sum 0 and accumulator 0: its output is 0.
     out = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]  # [M, D]
