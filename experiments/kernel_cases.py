@@ -104,6 +104,9 @@ def _order_and_gather() -> dict[str, Case]:
         k = _tensor(head_dim, "bf16")
         proxy, name = k[:, :, -128:], f"bf16 D={head_dim}"
         found[f"key importance {name}"] = partial(permutation.key_importance, proxy, k, scale=1.0)
+        found[f"key importance {name} of means"] = partial(
+            permutation.key_importance, proxy.float(), k, scale=1.0
+        )
         found[f"segment order {name} S=256"] = partial(
             permutation.importance_order, proxy, k, scale=1.0, segment_size=256
         )
@@ -133,6 +136,18 @@ def _antidiagonal() -> dict[str, Case]:
         found[f"antidiagonal bf16 D={head_dim} s={stride}"] = partial(
             antidiagonal_block_sums, x, x, stride=stride, scale=1.0, grid=grid, backend="triton"
         )
+    beside = torch.zeros(1, 4, grid.num_query_tiles * 128 // stride)
+    found[f"antidiagonal bf16 D={head_dim} s={stride} credited"] = partial(
+        antidiagonal_block_sums,
+        x,
+        x,
+        stride=stride,
+        scale=1.0,
+        grid=grid,
+        limits=grid.past_tiles().sum(dim=-1),
+        beside=beside,
+        backend="triton",
+    )
     return found
 
 
@@ -144,7 +159,13 @@ def _selection() -> dict[str, Case]:
         limits = torch.tensor([num_tiles])
         bounds = {"threshold": 0.9, "candidates": limits, "limits": limits, "forced": None}
         found[f"top-p T={num_tiles}"] = partial(
-            selection.select_top_p_blocks, torch.rand(1, 1, 1, num_tiles), **bounds
+            selection.select_top_p_blocks, torch.rand(1, 1, 1, num_tiles), **bounds, covered=None
+        )
+        found[f"top-p T={num_tiles} credited"] = partial(
+            selection.select_top_p_blocks,
+            torch.rand(1, 1, 1, num_tiles),
+            **{**bounds, "forced": torch.zeros(1, 1, dtype=torch.int64)},
+            covered=torch.rand(1, 1, 1),
         )
         found[f"pooled top-p T={num_tiles}"] = partial(
             selection.select_pooled_blocks,

@@ -25,6 +25,7 @@ from pbs.orders.adaptive import AdaptiveOrder, Arrangement
 from pbs.orders.queries import gather_queries, order_queries
 from pbs.selectors import build_selector
 from pbs.selectors.meanpool import MeanPoolSelector
+from pbs.selectors.own import OwnKeys
 
 TARGETS = ("keys", "queries", "keys_then_queries", "queries_then_keys")
 
@@ -41,7 +42,8 @@ class PBS(AttentionMethod):
         segment_size: tokens that may be permuted among themselves (S), a multiple of B. Prompts of
             at most S tokens run dense.
         threshold: cumulative block probability to reach (τ), in (0, 1]; larger computes more, 1
-            equals dense attention.
+            equals dense attention. Of the candidate blocks alone, so no coverage, unless the
+            selector credits what is computed anyway (antidiagonal and oracle do, if asked to).
         order: how keys move within segments, one of ``pbs.orders.ORDERS``.
         selector: how blocks are scored, one of ``pbs.selectors.SELECTORS``.
         target: what moves. "keys" (the paper's choice), by ``order``. "queries": in chunks of S
@@ -116,12 +118,11 @@ class PBS(AttentionMethod):
                 device=q.device,
                 reason=f"no more keys than segment_size={self.segment_size}",
             )
-        moves = self.target != "keys"
         candidates, num_candidates = candidate_tiles(
             grid,
             q.device,
             segment_size=self.segment_size,
-            query_segment=self.segment_size if moves else 0,
+            query_segment=self._query_segment,
         )
         query_order = ordered = k_means = None
         if self.target in ("queries", "queries_then_keys"):
@@ -147,6 +148,7 @@ class PBS(AttentionMethod):
                 limits=num_candidates,
                 threshold=self.threshold,
                 forced=self._first_block(order, q) if self.force_select_first_block else None,
+                own=self._own_keys(k, grid, query_order),
                 k_means=k_means,
             )
         return AttentionPlan.from_lists(
@@ -158,6 +160,11 @@ class PBS(AttentionMethod):
             ordered_keys=ordered,
             query_order=query_order,
         )
+
+    @property
+    def _query_segment(self) -> int:
+        """How many rows queries move among; 0 if they stay."""
+        return 0 if self.target == "keys" else self.segment_size
 
     def _order_keys(self, q: Tensor, k: Tensor, scale: float) -> Tensor | None:
         """Original position of the key at each place, ``[Z, Ho, Nk]``; None if no key moves."""
@@ -184,13 +191,14 @@ class PBS(AttentionMethod):
     ) -> Tensor:
         """The order in the heads that gain by it, natural order in the others, ``[Z, Ho, Nk]``."""
         assert isinstance(self._order, AdaptiveOrder)
+        own = self._own_keys(k, grid, query_order)
         arrangements = []
         for keys, key_order in ((k, None), (gather_keys(k, order), order)):
-            probabilities = self._selector.block_probabilities(
-                q, keys, scale=scale, grid=grid, candidates=candidates
+            probabilities, covered = self._selector.block_scores(
+                q, keys, scale=scale, grid=grid, candidates=candidates, own=own
             )
             forced = self._forced_blocks(key_order, grid, q)
-            arrangements.append(Arrangement(key_order, probabilities, forced))
+            arrangements.append(Arrangement(key_order, probabilities, forced, covered))
         return self._order.choose(
             q,
             k,
@@ -199,6 +207,16 @@ class PBS(AttentionMethod):
             grid=grid,
             candidates=candidates,
             threshold=self.threshold,
+            query_order=query_order,
+        )
+
+    def _own_keys(self, k: Tensor, grid: BlockGrid, query_order: Tensor | None) -> OwnKeys:
+        """What each query computes whatever is selected: its segment up to its position."""
+        return OwnKeys.of(
+            k,
+            grid,
+            segment_size=self.segment_size,
+            query_segment=self._query_segment,
             query_order=query_order,
         )
 

@@ -16,7 +16,8 @@ class PBSPlus(PBS):
         selector: as in :class:`PBS`.
         stride: s, divides the block size; larger is cheaper and coarser.
         normaliser: softmax over the "candidates" only, or over all "causal" groups, so that what
-            the own segment holds counts as covered. The paper does not say which.
+            the own segment and the forced block hold counts as covered and fewer blocks reach the
+            threshold, which is then an estimated coverage. The paper does not say which.
 
     Source: arXiv 2510.21270 (v2), PBS-Attn+; the authors released no code for it.
     """

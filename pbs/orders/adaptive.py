@@ -30,11 +30,14 @@ class Arrangement:
         order: original position of the key at each place, int64 ``[Z, Ho, Nk]``; None: natural.
         probabilities: the selector's, fp32 ``[Z, Hq, Tq, Tk]``.
         forced: blocks computed whatever the selector says, bool ``[1 or Z, 1 or Hq, 1, Tk]``.
+        covered: what counts towards the threshold before any block does, fp32 ``[Z, Hq, Tq]``; None
+            where a forced block does not count either.
     """
 
     order: Tensor | None
     probabilities: Tensor
     forced: Tensor
+    covered: Tensor | None = None
 
 
 @dataclass(kw_only=True)
@@ -133,14 +136,21 @@ class AdaptiveOrder(Order):
             group = _Group.of(head, q, k, permuted)
             masses = group.block_masses(rows, positions, scale=scale, grid=grid)
             tiles = rows // grid.query_tile
+            credits = [
+                None if x.covered is None else group.pick(x.covered)[:, :, tiles]
+                for x in (natural, permuted)
+            ]
             walks = [
                 _walk(
                     group.pick(arrangement.probabilities)[:, :, tiles],
                     group.pick(arrangement.forced),
                     mass,
                     candidates[tiles],
+                    covered,
                 )
-                for arrangement, mass in zip((natural, permuted), masses, strict=True)
+                for arrangement, mass, covered in zip(
+                    (natural, permuted), masses, credits, strict=True
+                )
             ]
             counts.append(_blocks_needed(*walks, threshold=threshold))
         # [4, Z, Hq] -> [4, Z, Ho]: heads with a common order decide together.
@@ -217,7 +227,11 @@ def _tile_sums(weights: Tensor, tile: int) -> Tensor:
 
 
 def _walk(
-    probabilities: Tensor, forced: Tensor, mass: Tensor, candidates: Tensor
+    probabilities: Tensor,
+    forced: Tensor,
+    mass: Tensor,
+    candidates: Tensor,
+    covered: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What a growing threshold selects, over all rows of a head.
 
@@ -226,14 +240,21 @@ def _walk(
         forced: ``[.., .., 1, Tk]``; such blocks come first.
         mass: true attention mass of the blocks, ``[Z, G, R, Tk]``.
         candidates: bool ``[R, Tk]``.
+        covered: ``[Z, G, R]``, or None; see :class:`Arrangement`.
 
     Returns:
         The threshold above which each (row, block) is selected, ascending ``[Z, G, R Tk]``
         (infinite for what is no candidate), and the mean mass covered once it is, fp64, including
         the keys that are no candidates: those are always computed.
     """
+    if covered is not None:
+        free = probabilities.masked_fill(~(forced & candidates), 0.0)
+        covered = (covered + free.sum(dim=-1)).unsqueeze(-1)
+        probabilities = probabilities - free
     ranked, index = probabilities.sort(dim=-1, descending=True, stable=True)
     entry = pad(ranked.cumsum(dim=-1)[..., :-1], (1, 0))
+    if covered is not None:
+        entry = entry + covered
     entry = entry.masked_fill(forced.expand_as(mass).gather(-1, index), -1.0)
     selectable = candidates.expand_as(mass)
     entry = entry.masked_fill(~selectable.gather(-1, index), float("inf"))

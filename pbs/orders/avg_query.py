@@ -15,5 +15,5 @@ class AverageQueryOrder(ImportanceOrder):
     """Importance by one query, the mean of all (an ablation of arXiv 2510.21270)."""
 
     def proxy_queries(self, q: Tensor, *, block_size: int) -> Tensor:  # noqa: ARG002
-        """The mean query, summed in fp32, ``[Z, Hq, 1, D]`` in q's dtype as kernels need it."""
-        return q.mean(dim=2, keepdim=True, dtype=torch.float32).to(q.dtype)
+        """The mean query, fp32 ``[Z, Hq, 1, D]``."""
+        return q.mean(dim=2, keepdim=True, dtype=torch.float32)

@@ -52,7 +52,7 @@ class ImportanceOrder(Order):
 
     @abstractmethod
     def proxy_queries(self, q: Tensor, *, block_size: int) -> Tensor:
-        """The queries that vote, ``[Z, Hq, P, D]``."""
+        """The queries that vote, ``[Z, Hq, P, D]``; means in fp32, rows of q in its dtype."""
 
     def compute(
         self,
@@ -71,7 +71,6 @@ class ImportanceOrder(Order):
         if shared:
             groups = q.shape[1] // k.shape[1]
             proxy = proxy.unflatten(1, (k.shape[1], groups)).mean(dim=2, dtype=torch.float32)
-            proxy = proxy.to(q.dtype)
         return importance_order(proxy, k, scale=scale, segment_size=segment_size)
 
 

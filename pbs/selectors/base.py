@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pbs.ops.block_selection import select_top_p_blocks
 from pbs.ops.grid import BlockGrid
+from pbs.selectors.own import OwnKeys
 
 
 class Selector(ABC):
@@ -28,8 +29,39 @@ class Selector(ABC):
 
         Returns:
             fp32 ``[Z, Hq, Tq, Tk]``; rows sum to 1 over the candidates, a row without candidates
-            is 0.
+            is 0. A threshold of them is relative to the candidates: no coverage.
         """
+
+    def block_scores(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        scale: float,
+        grid: BlockGrid,
+        candidates: Tensor,
+        own: OwnKeys | None,  # noqa: ARG002 - for selectors that credit them
+    ) -> tuple[Tensor, Tensor | None]:
+        """Block probabilities, and what a query's own keys hold beside them.
+
+        Args:
+            q: as for :meth:`block_probabilities`, like all up to ``candidates``.
+            k: as there.
+            scale: as there.
+            grid: as there.
+            candidates: as there.
+            own: the keys that each query computes whatever is selected; None: all later than the
+                candidates, where neither q nor k has moved.
+
+        Returns:
+            fp32 ``[Z, Hq, Tq, Tk]``, and fp32 ``[Z, Hq, Tq]`` with which each row sums to 1 (see
+            ``covered`` of :func:`pbs.ops.block_selection.select_top_p_blocks`). None, unless a
+            selector overrides this: own keys take no part, rows are probabilities as above.
+        """
+        probabilities = self.block_probabilities(
+            q, k, scale=scale, grid=grid, candidates=candidates
+        )
+        return probabilities, None
 
     def select(
         self,
@@ -43,6 +75,7 @@ class Selector(ABC):
         limits: Tensor,
         threshold: float,
         forced: Tensor | None,
+        own: OwnKeys | None = None,
         k_means: Tensor | None = None,  # noqa: ARG002 - for selectors that pool by the mean
     ) -> tuple[Tensor, Tensor]:
         """The fewest blocks whose probability reaches the threshold.
@@ -58,15 +91,20 @@ class Selector(ABC):
             limits: how many leading blocks may be listed in each row, int ``[Tq]``.
             threshold: cumulative probability to reach (τ), in (0, 1].
             forced: a block to list whatever its probability, int ``[1 or Z, Ho]``; None: no block.
+            own: as for :meth:`block_scores`.
             k_means: mean of each key block, fp32 ``[Z, Ho, Tk, D]``, if it is known already.
 
         Returns:
             As :func:`pbs.ops.block_selection.select_top_p_blocks`.
         """
+        probabilities, covered = self.block_scores(
+            q, k, scale=scale, grid=grid, candidates=candidates, own=own
+        )
         return select_top_p_blocks(
-            self.block_probabilities(q, k, scale=scale, grid=grid, candidates=candidates),
+            probabilities,
             threshold=threshold,
             candidates=num_candidates,
             limits=limits,
             forced=forced,
+            covered=covered,
         )

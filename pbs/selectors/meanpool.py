@@ -11,6 +11,7 @@ from pbs.ops.block_selection import select_pooled_blocks
 from pbs.ops.grid import BlockGrid
 from pbs.ops.pooling import block_logits, mean_pool, softmax_over
 from pbs.selectors.base import Selector
+from pbs.selectors.own import OwnKeys
 
 
 @dataclass(kw_only=True)
@@ -49,6 +50,7 @@ class MeanPoolSelector(Selector):
         limits: Tensor,
         threshold: float,
         forced: Tensor | None,
+        own: OwnKeys | None = None,  # noqa: ARG002 - they take no part
         k_means: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See the base class. The probabilities are never in memory."""

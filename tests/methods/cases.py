@@ -37,6 +37,17 @@ CASES = {
         )
         for selector in ("maxpool", "low_band", "oracle")
     },
+    "pbs-oracle-causal": (
+        "pbs",
+        {
+            "block_size": 32,
+            "segment_size": 64,
+            "threshold": 0.9,
+            "selector": "oracle",
+            "selector_params": {"normaliser": "causal"},
+        },
+        {"threshold": 1.0},
+    ),
     **{
         f"pbs-{order}": (
             "pbs",

@@ -13,7 +13,9 @@ from pbs.ops.block_selection.triton import MAX_KEY_TILES
 BACKENDS = ["reference", "triton"]
 
 
-def lists(probabilities, threshold, backend, *, candidates=None, limits=None, forced=None):
+def lists(
+    probabilities, threshold, backend, *, candidates=None, limits=None, forced=None, covered=None
+):
     """The selected blocks of every row, as Python lists."""
     num_rows, num_tiles = probabilities.shape[-2:]
     candidates = torch.full((num_rows,), num_tiles) if candidates is None else candidates
@@ -23,6 +25,7 @@ def lists(probabilities, threshold, backend, *, candidates=None, limits=None, fo
         candidates=candidates,
         limits=candidates if limits is None else limits,
         forced=forced,
+        covered=covered,
         backend=backend,
     )
     assert blocks.dtype == (torch.int16 if backend == "triton" else torch.int32)
@@ -31,8 +34,12 @@ def lists(probabilities, threshold, backend, *, candidates=None, limits=None, fo
     return [row[:count].tolist() for row, count in rows]
 
 
-def select(row, threshold, backend):
-    return lists(torch.tensor(row)[None, None, None], threshold, backend)[0]
+def select(row, threshold, backend, covered=None, **bounds):
+    if covered is not None:
+        covered = torch.tensor([[[covered]]])
+    return lists(
+        torch.tensor(row)[None, None, None], threshold, backend, covered=covered, **bounds
+    )[0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -106,10 +113,67 @@ def test_rows_without_candidates_list_nothing(backend):
         assert lists(zeros, threshold, backend, candidates=none) == [[], []]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_covered_counts_towards_the_threshold(backend):
+    row = [0.05, 0.25, 0.075, 0.125]  # the other half is computed anyway
+    assert select(row, 0.9, backend, 0.5) == [1, 2, 3]
+    assert select(row, 0.75, backend, 0.5) == [1]
+    assert select(row, 0.76, backend, 0.5) == [1, 3]
+    assert select(row, 0.5, backend, 0.5) == select(row, 0.3, backend, 0.5) == []
+    assert select(row, 1.0, backend, 0.5) == [0, 1, 2, 3]
+    # What no sum reaches keeps everything, whatever is covered.
+    assert select(row, 0.9, backend, 0.25) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_forced_block_and_those_past_the_limits_are_covered_too(backend):
+    row = [0.05, 0.25, 0.075, 0.125]
+    forced = torch.tensor([[3]])
+    # 0.5 + 0.125 + 0.25 = 0.875
+    assert select(row, 0.87, backend, 0.5, forced=forced) == [1, 3]
+    assert select(row, 0.6, backend, 0.5, forced=forced) == [3]
+    # Without a credit the forced block only adds.
+    assert select(row, 0.25, backend, forced=forced) == [1, 3]
+    # Block 3 is computed anyway, though not listed.
+    bounds = {"candidates": torch.tensor([4]), "limits": torch.tensor([3])}
+    assert select(row, 0.87, backend, 0.5, **bounds) == [1]
+    assert select(row, 0.88, backend, 0.5, **bounds) == [1, 2]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("threshold", [0.2, 0.7, 0.9, 0.99])
+@pytest.mark.parametrize("has_forced", [False, True])
+def test_exact_scores_make_the_threshold_a_coverage_with_the_fewest_blocks(
+    threshold, has_forced, backend
+):
+    generator = torch.Generator().manual_seed(1)
+    tiles = torch.arange(9)
+    logits = torch.randn(2, 2, 9, 10, generator=generator) * 3
+    logits[..., :9].masked_fill_(tiles >= tiles[:, None], float("-inf"))
+    masses = logits.softmax(-1)  # of the earlier blocks, and of what is computed anyway
+    blocks, covered = masses[..., :9].contiguous(), masses[..., 9].contiguous()
+    forced = torch.tensor([[4, 0], [8, 2]]) if has_forced else None
+    rows = lists(
+        blocks, threshold, backend, candidates=tiles, limits=tiles, forced=forced, covered=covered
+    )
+    for index, kept in enumerate(rows):
+        row, own = blocks.flatten(0, 2)[index].double(), covered.flatten()[index].double()
+        always = set()
+        if forced is not None:
+            always = {int(forced.flatten()[index // 9])} & set(range(index % 9))
+        assert always <= set(kept) <= set(range(index % 9))
+        reached = own + row[kept].sum()
+        assert reached >= threshold - 1e-6
+        chosen = [float(row[block]) for block in kept if block not in always]
+        assert not chosen or reached - min(chosen) < threshold + 1e-6
+
+
 def test_wrong_use_is_refused():
     arguments = {"threshold": 0.5, "candidates": torch.ones(1), "limits": torch.ones(1)}
     with pytest.raises(ValueError, match="expected probabilities"):
         select_top_p_blocks(torch.ones(1, 1, 1), **arguments)
+    with pytest.raises(ValueError, match=r"expected covered \[1, 2, 3\], got \(1, 2\)"):
+        select_top_p_blocks(torch.ones(1, 2, 3, 4), covered=torch.ones(1, 2), **arguments)
     with pytest.raises(ValueError, match="unknown backend 'gpu'"):
         select_top_p_blocks(torch.ones(1, 1, 1, 1), backend="gpu", **arguments)
     wide = torch.ones(1).expand(1, 1, 1, MAX_KEY_TILES + 1)

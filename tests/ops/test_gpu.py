@@ -80,6 +80,27 @@ def test_hopper_kernel_agrees_with_the_triton_kernel(tile, head_dim, dtype):
     torch.testing.assert_close(ours, other, rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("where", ["k", "v"])
+def test_what_is_not_finite_reaches_only_rows_that_see_it(where, head_dim, dtype):
+    q, k, v = (x.cuda() for x in make_qkv(1, 2, 1, 600, head_dim, dtype=dtype))
+    grid = BlockGrid(600, 600, 128, 128)
+    plan = to_device(random_plan(1, 2, grid, segment_size=256))
+    backends = ["triton"]
+    is_hopper = torch.cuda.get_device_capability() == (9, 0) and dtype != torch.float32
+    if is_hopper and where == "k":  # its values do reach others, as it says
+        backends.append("hopper")
+    for backend in backends:
+        expected = block_sparse_attention(q, k, v, plan, backend=backend)
+        bad_k, bad_v = k.clone(), v.clone()
+        (bad_k if where == "k" else bad_v)[:, :, 330] = float("nan")
+        out = block_sparse_attention(q, bad_k, bad_v, plan, backend=backend)
+        rows = torch.arange(600) < 330
+        torch.testing.assert_close(out[:, :, rows], expected[:, :, rows], rtol=1e-2, atol=1e-3)
+        assert out[:, :, 330:512].isnan().all()
+
+
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_methods_plan_and_compute_the_same_on_both_devices(case):
     q, k, v = make_qkv(1, 4, 2, 600, 64, structure="mixed")

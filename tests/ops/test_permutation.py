@@ -34,6 +34,20 @@ def test_importance_is_the_mean_probability(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_proxies_with_more_bits_than_the_keys_keep_them(backend):
+    q, k, _ = make_qkv(1, 4, 2, 300, 64, num_queries=40, dtype=torch.float16)
+    # A common mean: rounding the means to 16 bits would move the logits by several percent.
+    q, k = q + 20, k + 20
+    proxy = q.unflatten(2, (-1, 4)).mean(dim=3, dtype=torch.float32)
+    scores = key_importance(proxy, k, scale=0.2, backend=backend)
+    logits = proxy.double() @ k.repeat_interleave(2, 1).double().transpose(-1, -2) * 0.2
+    expected = logits.softmax(-1).mean(2).float()
+    torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-6)
+    rounded = key_importance(proxy.half(), k, scale=0.2, backend=backend)
+    assert ((rounded - expected).abs() > 0.01 * expected).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("segment_size", [16, 48])
 def test_segments_are_sorted_with_ties_in_natural_order(segment_size, backend):
     generator = torch.Generator().manual_seed(0)

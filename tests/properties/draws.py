@@ -155,6 +155,9 @@ def _pbs(draw, selectors):
         params["order_params"] = {"base": base, "num_rows": draw(st.integers(1, 64))}
     if selectors:
         params["selector"] = draw(st.sampled_from(selectors))
+        if params["selector"] in ("antidiagonal", "oracle"):
+            normaliser = draw(st.sampled_from(["candidates", "causal"]))
+            params["selector_params"] = {"normaliser": normaliser}
     else:
         params["stride"] = draw(st.sampled_from([4, 8, 16]))
         params["normaliser"] = draw(st.sampled_from(["candidates", "causal"]))

@@ -18,6 +18,7 @@ def antidiagonal_block_sums(
     scale: float,
     grid: BlockGrid,
     limits: Tensor | None = None,
+    beside: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Sum of the group probabilities in each block.
@@ -34,11 +35,14 @@ def antidiagonal_block_sums(
         grid: the blocks.
         limits: how many leading key blocks take part in the softmax of each query block, int
             ``[Tq]``; None: every key group that starts at or before the query group's last token.
+        beside: what else takes part in the softmax of each query group, as the log of its sum of
+            exponentials, fp32 ``[Z, Hq, Tq query_tile / s]``; None: nothing. See
+            :func:`pbs.ops.antidiagonal.own_logsumexp`.
         backend: "auto" (Triton on a CUDA device, else the reference), "reference" or "triton".
 
     Returns:
-        fp32 ``[Z, Hq, Tq, Tk]``; a row sums to its number of real query groups, or to 0 where no
-        block takes part.
+        fp32 ``[Z, Hq, Tq, Tk]``; a row sums to its number of real query groups, less the share of
+        what is beside, or to 0 where no block takes part.
 
     Raises:
         ValueError: the stride does not divide the tiles.
@@ -57,7 +61,7 @@ def antidiagonal_block_sums(
     ends = _ends(grid, stride, limits, q.device)
     module = import_module(f"pbs.ops.antidiagonal.{backend}")
     sums: Tensor = module.antidiagonal_block_sums(
-        q, k, stride=stride, scale=scale, grid=grid, ends=ends
+        q, k, stride=stride, scale=scale, grid=grid, ends=ends, beside=beside
     )
     return sums
 

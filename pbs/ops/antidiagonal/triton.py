@@ -52,6 +52,7 @@ def antidiagonal_block_sums_kernel(
     q_ptr,
     k_ptr,
     ends_ptr,
+    beside_ptr,
     sums_ptr,
     q_strides,
     k_strides,
@@ -70,6 +71,7 @@ def antidiagonal_block_sums_kernel(
     BLOCK_N: tl.constexpr,
     QUERY_GROUPS: tl.constexpr,
     KEY_GROUPS: tl.constexpr,
+    HAS_BESIDE: tl.constexpr,
 ):
     """One program: BLOCK_M query groups of one head, all their key groups."""
     # Later queries attend to more keys: start the longest programs first.
@@ -83,6 +85,10 @@ def antidiagonal_block_sums_kernel(
     k_base = k_ptr + batch.to(tl.int64) * k_strides[0] + (head // GROUP).to(tl.int64) * k_strides[1]
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if HAS_BESIDE:
+        place = tl.program_id(1).to(tl.int64) * num_groups
+        row_max = tl.load(beside_ptr + place + rows, mask=rows < num_groups, other=float("-inf"))
+        row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
     last = tl.max(ends, 0)
     for start in range(0, last, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
@@ -144,7 +150,14 @@ def antidiagonal_block_sums_kernel(
 
 
 def antidiagonal_block_sums(
-    q: Tensor, k: Tensor, *, stride: int, scale: float, grid: BlockGrid, ends: Tensor
+    q: Tensor,
+    k: Tensor,
+    *,
+    stride: int,
+    scale: float,
+    grid: BlockGrid,
+    ends: Tensor,
+    beside: Tensor | None,
 ) -> Tensor:
     """See :func:`pbs.ops.antidiagonal.api.antidiagonal_block_sums`."""
     q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
@@ -159,6 +172,7 @@ def antidiagonal_block_sums(
         q,
         k,
         ends,
+        sums if beside is None else (beside * LOG2_E).contiguous(),
         sums,
         q.stride(),
         k.stride(),
@@ -177,6 +191,7 @@ def antidiagonal_block_sums(
         BLOCK_N=side,
         QUERY_GROUPS=query_groups,
         KEY_GROUPS=key_groups,
+        HAS_BESIDE=beside is not None,
         num_warps=4 if is_small else 8,
         num_stages=2 if is_small else 3,
     )

@@ -36,6 +36,7 @@ def select_top_p_blocks(
     candidates: Tensor,
     limits: Tensor,
     forced: Tensor | None = None,
+    covered: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Keep, per query block, the fewest key blocks whose probability reaches the threshold.
@@ -48,21 +49,40 @@ def select_top_p_blocks(
             ``candidates``; the rest (the diagonal) is computed anyway.
         forced: a key block to list whatever its probability, int ``[1 or Z, Ho]``, Hq a multiple of
             Ho.
+        covered: what of each row is computed whatever is selected, beside its key blocks, in the
+            units of the probabilities, fp32 ``[Z, Hq, Tq]`` in [0, 1]. The threshold is then one of
+            the whole row: what is covered counts towards it, and so do the blocks computed anyway,
+            the forced one and the candidates past the limits. With exact probabilities τ is a lower
+            bound of the coverage. None: the threshold is one of the candidates alone, and a forced
+            block comes on top.
         backend: "auto" (Triton on a CUDA device, else the reference), "reference" or "triton".
 
     Returns:
         As :func:`list_blocks`. Ties go to the lower index.
 
-    Source: arXiv 2510.21270, section 3.3. A block is kept iff the sum of the more probable ones is
-    below τ, so a row whose rounded sum never reaches τ keeps all its blocks; the reference code of
-    the paper drops them.
+    Raises:
+        ValueError: probabilities or ``covered`` of another shape, or an unknown backend.
+
+    Source: arXiv 2510.21270, section 3.3. A block is kept iff the sum of the more probable ones
+    (and of what is covered) is below τ, so a row whose rounded sum never reaches τ keeps all its
+    blocks; the reference code of the paper drops them.
     """
     if probabilities.ndim != 4:
         raise ValueError(
             f"expected probabilities [Z, Hq, Tq, Tk], got {tuple(probabilities.shape)}"
         )
+    if covered is not None and covered.shape != probabilities.shape[:3]:
+        raise ValueError(
+            f"expected covered {list(probabilities.shape[:3])}, got {tuple(covered.shape)}; give a "
+            "share per sequence, query head and query block"
+        )
     selected: tuple[Tensor, Tensor] = _backend(backend, probabilities).select_top_p_blocks(
-        probabilities, threshold=threshold, candidates=candidates, limits=limits, forced=forced
+        probabilities,
+        threshold=threshold,
+        candidates=candidates,
+        limits=limits,
+        forced=forced,
+        covered=covered,
     )
     return selected
 

@@ -24,6 +24,7 @@ def select_top_p_blocks_kernel(
     candidates_ptr,
     limits_ptr,
     forced_ptr,
+    covered_ptr,
     blocks_ptr,
     counts_ptr,
     forced_strides,
@@ -37,6 +38,7 @@ def select_top_p_blocks_kernel(
     FORCED_GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     HAS_FORCED: tl.constexpr,
+    HAS_COVERED: tl.constexpr,
     KEEPS_ALL: tl.constexpr,
     ARE_LOGITS: tl.constexpr,
 ):
@@ -47,6 +49,11 @@ def select_top_p_blocks_kernel(
     row = plane * num_query_tiles + tile
     tiles = tl.arange(0, BLOCK_T)  # [T]
     is_candidate = tiles < tl.load(candidates_ptr + tile)
+    is_listed = tiles < tl.load(limits_ptr + tile)
+    is_forced = tl.zeros_like(is_candidate)
+    if HAS_FORCED:
+        places = batch * forced_strides[0] + head // FORCED_GROUP * forced_strides[1]
+        is_forced = tiles == tl.load(forced_ptr + places)
     kept = is_candidate
     if not KEEPS_ALL:
         place = (plane * tl.num_programs(0) + tl.program_id(0)) * row_width
@@ -57,8 +64,13 @@ def select_top_p_blocks_kernel(
             p = p / tl.maximum(tl.sum(p, 0), 1e-37)
         else:
             p = tl.load(rows_ptr + place + tiles, mask=is_candidate, other=0.0)
+        goal = threshold
+        if HAS_COVERED:
+            is_free = is_forced | (is_listed == 0)
+            goal -= tl.load(covered_ptr + row) + tl.sum(tl.where(is_free, p, 0.0), 0)
+            p = tl.where(is_free, 0.0, p)
         # Bits of non-negative floats are ordered like the floats: find the smallest value v for
-        # which what lies above it sums to less than the threshold.
+        # which what lies above it sums to less than the goal.
         bits = p.to(tl.int32, bitcast=True)
         low = tl.full([], -1, tl.int32)
         high = tl.max(bits, 0)
@@ -68,19 +80,16 @@ def select_top_p_blocks_kernel(
             low = least.to(tl.float32).to(tl.int32, bitcast=True)
         while high - low > 1:
             middle = low + (high - low) // 2
-            is_enough = tl.sum(tl.where(bits > middle, p, 0.0), 0) < threshold
+            is_enough = tl.sum(tl.where(bits > middle, p, 0.0), 0) < goal
             high = tl.where(is_enough, middle, high)
             low = tl.where(is_enough, low, middle)
         above = tl.sum(tl.where(bits > high, p, 0.0), 0)
         ties = (bits == high) & is_candidate
         rank = tl.cumsum(ties.to(tl.int32), 0) - 1
         value = high.to(tl.float32, bitcast=True)
-        kept = (bits > high) | (ties & (above + rank * value < threshold))
+        kept = (bits > high) | (ties & (above + rank * value < goal))
         kept = kept & is_candidate
-    if HAS_FORCED:
-        places = batch * forced_strides[0] + head // FORCED_GROUP * forced_strides[1]
-        kept = kept | (tiles == tl.load(forced_ptr + places))
-    kept = kept & (tiles < tl.load(limits_ptr + tile))
+    kept = (kept | is_forced) & is_listed
     slots = tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.store(blocks_ptr + row * num_key_tiles + slots, tiles.to(tl.int16), mask=kept)
     tl.store(counts_ptr + row, tl.sum(kept.to(tl.int32), 0))
@@ -121,11 +130,15 @@ def select_top_p_blocks(
     candidates: Tensor,
     limits: Tensor,
     forced: Tensor | None,
+    covered: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pbs.ops.block_selection.api.select_top_p_blocks`. No sort, no synchronisation."""
     lists = _empty_lists(probabilities.shape, probabilities.device)
     bounds = candidates.int(), limits.int(), forced
-    _select(probabilities.contiguous(), lists, bounds, 0, threshold=threshold, scale=None)
+    if covered is not None:
+        covered = covered.float().contiguous()
+    rows = probabilities.contiguous()
+    _select(rows, lists, bounds, 0, threshold=threshold, scale=None, covered=covered)
     return lists
 
 
@@ -171,6 +184,7 @@ def _select(
     *,
     threshold: float,
     scale: float | None,
+    covered: Tensor | None = None,
 ) -> None:
     """Write the lists of the query tiles from ``first_tile`` on, one per row of ``rows``.
 
@@ -186,6 +200,7 @@ def _select(
         candidates,
         limits,
         stand_in,
+        counts if covered is None else covered,
         blocks,
         counts,
         stand_in.stride()[:2],
@@ -199,6 +214,7 @@ def _select(
         FORCED_GROUP=1 if forced is None else num_heads // forced.shape[1],
         BLOCK_T=block_t,
         HAS_FORCED=forced is not None,
+        HAS_COVERED=covered is not None,
         KEEPS_ALL=threshold >= 1,
         ARE_LOGITS=scale is not None,
         num_warps=_num_warps(block_t),

@@ -10,12 +10,14 @@ Legend: see :mod:`pbs.ops.grid`; R rows (query tiles) of a group, L keys of each
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pbs.ops.block_sparse_attention.common import weighted_values
 from pbs.ops.plan import AttentionPlan
 
 # Gathered keys per call: K and V of 8192 keys stay in the cache, and the copies are small beside
@@ -134,8 +136,14 @@ class _Rows:
         k = self.keys.index_select(0, index).view(shape)
         v = self.values.index_select(0, index).view(shape)
         q = self.queries[group].unsqueeze(1)
-        bias = None
+        bias = doubtful = None
         if mask is not None:
+            # Hidden pairs weigh 0, and 0 * NaN is NaN: keys that are not finite are left out for
+            # all, then put back for the queries that see them.
+            doubtful = _not_finite(k, v)
+            if doubtful is not None:
+                whole = (k.squeeze(1), v.squeeze(1))
+                k, v = (x.masked_fill(doubtful.unsqueeze(1).unsqueeze(-1), 0.0) for x in (k, v))
             bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
             bias = bias.expand(-1, q.shape[2], -1).unsqueeze(1)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -146,6 +154,11 @@ class _Rows:
             empty = ~mask.any(-1).expand(-1, q.shape[2])
             out.masked_fill_(empty.unsqueeze(-1), 0.0)
             lse = lse.masked_fill(empty, float("-inf"))
+            if doubtful is not None:
+                spoiled = (mask & doubtful.unsqueeze(1)).any(-1).expand(-1, q.shape[2])
+                exact, exact_lse = _attend_exactly(q.squeeze(1), *whole, mask, self.scale)
+                out = torch.where(spoiled.unsqueeze(-1), exact.to(out.dtype), out)
+                lse = torch.where(spoiled, exact_lse, lse)
         return out, lse
 
     def _lists(self, entries: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,6 +176,24 @@ class _Rows:
         members = starts[:, :width].unsqueeze(-1) + torch.arange(tile)
         valid = torch.arange(width) < counts[:, None]
         return torch.where(valid[..., None], members, -1).flatten(1)
+
+
+def _not_finite(k: Tensor, v: Tensor) -> Tensor | None:
+    """Keys ``[R, L]`` of ``[R, 1, L, D]`` with a number that is not finite; None: no key has."""
+    # A sum is not finite if a term is not; that it may overflow costs time, no more.
+    if all(math.isfinite(float(x.sum(dtype=torch.float32))) for x in (k, v)):
+        return None
+    return ~(k.isfinite() & v.isfinite()).all(-1).squeeze(1)
+
+
+def _attend_exactly(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Eager fp32 attention ``[R, M, D]``, in which hidden keys and values may be anything."""
+    logits = (q.float() @ k.float().transpose(-1, -2)).mul_(scale)
+    logits = logits.masked_fill_(~mask, float("-inf"))
+    weights = logits.softmax(dim=-1)
+    return weighted_values(weights, v.float(), mask), logits.logsumexp(dim=-1)
 
 
 def _groups(counts: Tensor) -> Iterator[tuple[Tensor, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pbs.ops.block_sparse_attention.common import weighted_values
 from pbs.ops.plan import AttentionPlan
 
 
@@ -17,8 +18,9 @@ def block_sparse_attention(
     k = k.repeat_interleave(groups, dim=1).to(compute)
     v = v.repeat_interleave(groups, dim=1).to(compute)
     mask = plan.token_mask()
-    logits = q.to(compute) @ k.transpose(-1, -2) * scale
-    logits = logits.masked_fill(~mask, float("-inf"))
-    # A query without keys has only -inf: its softmax is NaN, its output is defined as 0.
-    probabilities = logits.softmax(dim=-1).masked_fill(~mask, 0.0)
-    return (probabilities @ v).to(q.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        logits = q.to(compute) @ k.transpose(-1, -2) * scale
+        logits = logits.masked_fill(~mask, float("-inf"))
+        # A query without keys has only -inf: its softmax is NaN, its output is defined as 0.
+        probabilities = logits.softmax(dim=-1).masked_fill(~mask, 0.0)
+        return weighted_values(probabilities, v, mask).to(q.dtype)

@@ -19,65 +19,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pbs.ops.block_sparse_attention.triton_hopper import hopper_options
 from pbs.ops.block_sparse_attention.triton_hopper import launch as launch_hopper
+from pbs.ops.block_sparse_attention.triton_parts import (
+    attend_windows_by_value,
+    load_rows,
+    load_tile,
+    offset,
+    online_softmax,
+    sees,
+)
 from pbs.ops.block_sparse_attention.tuned import tuned
 from pbs.ops.permutation import gather_keys
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.stages import stage
 
 LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _offset(strides, batch, head):
-    """First element of a (sequence, head) pair; int64, since N times a stride can pass 2^31."""
-    return batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
-
-
-@triton.jit
-def _load_rows(base, rows, stride, keep, dims, HEAD_DIM: tl.constexpr):
-    """Rows of a [N, D] matrix wherever they lie; 0 for rows not kept and dims past the head dim."""
-    pointers = base + rows.to(tl.int64)[:, None] * stride + dims[None, :]
-    return tl.load(pointers, mask=keep[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
-
-
-@triton.jit
-def _load_tile(
-    descriptor,
-    base,
-    plane,
-    start,
-    stride,
-    num_keys,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    USE_TMA: tl.constexpr,
-):
-    """BLOCK_N consecutive rows from ``start`` of one head's keys or values; 0 past the last key."""
-    if USE_TMA:
-        return descriptor.load([plane, start, 0]).reshape([BLOCK_N, BLOCK_D])
-    rows = start + tl.arange(0, BLOCK_N)
-    return _load_rows(base, rows, stride, rows < num_keys, tl.arange(0, BLOCK_D), HEAD_DIM)
-
-
-@triton.jit
-def _online_softmax(acc, row_max, row_sum, q, k, v, seen, scale_log2, MASKED: tl.constexpr):
-    """Fold one tile of keys into the running softmax; ``seen`` is read only if MASKED."""
-    logits = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
-    if MASKED:
-        logits = tl.where(seen, logits, float("-inf"))
-    # scale_log2 is positive: the scaled maximum is the maximum scaled, and the subtraction below
-    # becomes one fused multiply-add per logit.
-    new_max = tl.maximum(row_max, tl.max(logits, 1) * scale_log2)
-    reference = new_max
-    if MASKED:
-        # A row that has seen no key yet has maximum -inf; -inf - -inf would be NaN.
-        reference = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = tl.exp2(logits * scale_log2 - reference[:, None])  # [M, N]
-    decay = tl.exp2(row_max - reference)
-    row_sum = row_sum * decay + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")  # [M, D]
-    return acc, new_max, row_sum
 
 
 @triton.jit
@@ -145,87 +100,33 @@ def block_sparse_attention_fwd_kernel(
 
     source = rows
     if HAS_QUERY_ORDER:
-        pointers = query_order_ptr + _offset(query_order_strides, batch, head) + rows
+        pointers = query_order_ptr + offset(query_order_strides, batch, head) + rows
         source = tl.load(pointers, mask=real, other=0).to(tl.int32)
     positions = tl.where(real, source + num_keys - num_queries, -1)
 
-    q_base = q_ptr + _offset(q_strides, batch, head)
-    q = _load_rows(q_base, source, q_strides[2], real, dims, HEAD_DIM)  # [M, D]
+    q_base = q_ptr + offset(q_strides, batch, head)
+    q = load_rows(q_base, source, q_strides[2], real, dims, HEAD_DIM)  # [M, D]
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
 
-    # 1. Key tiles that every row sees, in plan order: no mask. They are whole, so all keys exist.
-    lists = blocks_ptr + _offset(blocks_strides, batch, head) + tile * blocks_strides[2]
-    count = tl.load(
-        num_blocks_ptr + _offset(num_blocks_strides, batch, head) + tile * num_blocks_strides[2]
-    )
-    order_head = head // ORDER_GROUP
-    plane = batch * num_order_heads + order_head
-    k_base = ordered_k_ptr + _offset(ordered_k_strides, batch, order_head)
-    v_base = ordered_v_ptr + _offset(ordered_v_strides, batch, order_head)
     PARTS: tl.constexpr = KEY_TILE // BLOCK_N
-    for step in range(count * PARTS):
-        start = tl.load(lists + step // PARTS).to(tl.int32) * KEY_TILE + step % PARTS * BLOCK_N
-        k = _load_tile(
-            ordered_k_descriptor,
-            k_base,
-            plane,
-            start,
-            ordered_k_strides[2],
-            num_keys,
-            HEAD_DIM,
-            BLOCK_N,
-            BLOCK_D,
-            USE_TMA,
-        )
-        v = _load_tile(
-            ordered_v_descriptor,
-            v_base,
-            plane,
-            start,
-            ordered_v_strides[2],
-            num_keys,
-            HEAD_DIM,
-            BLOCK_N,
-            BLOCK_D,
-            USE_TMA,
-        )
-        acc, row_max, row_sum = _online_softmax(
-            acc, row_max, row_sum, q, k, v, real[:, None], scale_log2, False
-        )
-
     plane = batch * num_kv_heads + head // KV_GROUP
-    k_base = k_ptr + _offset(k_strides, batch, head // KV_GROUP)
-    v_base = v_ptr + _offset(v_strides, batch, head // KV_GROUP)
-    # 2. Single columns in natural order, gathered BLOCK_N at a time.
-    if HAS_COLUMNS:
-        lists = columns_ptr + _offset(columns_strides, batch, head) + tile * columns_strides[2]
-        count = tl.load(
-            num_columns_ptr
-            + _offset(num_columns_strides, batch, head)
-            + tile * num_columns_strides[2]
-        )
-        for step in range(0, count, BLOCK_N):
-            exists = step + keys < count
-            column = tl.load(lists + step + keys, mask=exists, other=0)
-            k = _load_rows(k_base, column, k_strides[2], exists, dims, HEAD_DIM)
-            v = _load_rows(v_base, column, v_strides[2], exists, dims, HEAD_DIM)
-            acc, row_max, row_sum = _online_softmax(
-                acc, row_max, row_sum, q, k, v, exists[None, :], scale_log2, True
-            )
-
-    # 3. Windows in natural order, with the causal mask per token.
+    k_base = k_ptr + offset(k_strides, batch, head // KV_GROUP)
+    v_base = v_ptr + offset(v_strides, batch, head // KV_GROUP)
+    # 1. Windows in natural order, with the causal mask per token.
+    num_init = 0
+    num_local = 0
     if HAS_LOCAL_WINDOW:
         num_init = tl.load(local_window_ptr + head * 2)
         num_local = tl.load(local_window_ptr + head * 2 + 1)
-    lists = windows_ptr + _offset(windows_strides, batch, head) + tile * windows_strides[2]
+    lists = windows_ptr + offset(windows_strides, batch, head) + tile * windows_strides[2]
     count = tl.load(
-        num_windows_ptr + _offset(num_windows_strides, batch, head) + tile * num_windows_strides[2]
+        num_windows_ptr + offset(num_windows_strides, batch, head) + tile * num_windows_strides[2]
     )
     for step in range(count * PARTS):
         start = tl.load(lists + step // PARTS) + step % PARTS * BLOCK_N
-        k = _load_tile(
+        k = load_tile(
             k_descriptor,
             k_base,
             plane,
@@ -237,7 +138,7 @@ def block_sparse_attention_fwd_kernel(
             BLOCK_D,
             USE_TMA,
         )
-        v = _load_tile(
+        v = load_tile(
             v_descriptor,
             v_base,
             plane,
@@ -250,17 +151,91 @@ def block_sparse_attention_fwd_kernel(
             USE_TMA,
         )
         key = start + keys
-        seen = key[None, :] <= positions[:, None]
-        if HAS_LOCAL_WINDOW:
-            near = positions[:, None] - key[None, :] < num_local
-            seen = seen & ((key < num_init)[None, :] | near)
-        acc, row_max, row_sum = _online_softmax(
+        seen = sees(positions[:, None], key[None, :], num_init, num_local, HAS_LOCAL_WINDOW)
+        acc, row_max, row_sum = online_softmax(
             acc, row_max, row_sum, q, k, v, seen, scale_log2, True
         )
+    # 0 * NaN and 0 * inf: a value that is not finite has reached rows that do not see it. Windows
+    # alone are masked, so nothing after them can do that.
+    if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
+        acc, row_max, row_sum = attend_windows_by_value(
+            q,
+            k_base,
+            v_base,
+            k_strides[2],
+            v_strides[2],
+            lists,
+            count,
+            positions,
+            num_keys,
+            num_init,
+            num_local,
+            scale_log2,
+            HEAD_DIM,
+            BLOCK_N,
+            KEY_TILE,
+            HAS_LOCAL_WINDOW,
+        )
+
+    # 2. Key tiles that every row sees, in plan order: no mask. They are whole, so all keys exist.
+    lists = blocks_ptr + offset(blocks_strides, batch, head) + tile * blocks_strides[2]
+    count = tl.load(
+        num_blocks_ptr + offset(num_blocks_strides, batch, head) + tile * num_blocks_strides[2]
+    )
+    order_head = head // ORDER_GROUP
+    plane = batch * num_order_heads + order_head
+    ordered_k_base = ordered_k_ptr + offset(ordered_k_strides, batch, order_head)
+    ordered_v_base = ordered_v_ptr + offset(ordered_v_strides, batch, order_head)
+    for step in range(count * PARTS):
+        start = tl.load(lists + step // PARTS).to(tl.int32) * KEY_TILE + step % PARTS * BLOCK_N
+        k = load_tile(
+            ordered_k_descriptor,
+            ordered_k_base,
+            plane,
+            start,
+            ordered_k_strides[2],
+            num_keys,
+            HEAD_DIM,
+            BLOCK_N,
+            BLOCK_D,
+            USE_TMA,
+        )
+        v = load_tile(
+            ordered_v_descriptor,
+            ordered_v_base,
+            plane,
+            start,
+            ordered_v_strides[2],
+            num_keys,
+            HEAD_DIM,
+            BLOCK_N,
+            BLOCK_D,
+            USE_TMA,
+        )
+        acc, row_max, row_sum = online_softmax(
+            acc, row_max, row_sum, q, k, v, real[:, None], scale_log2, False
+        )
+
+    # 3. Single columns in natural order, gathered BLOCK_N at a time.
+    if HAS_COLUMNS:
+        lists = columns_ptr + offset(columns_strides, batch, head) + tile * columns_strides[2]
+        count = tl.load(
+            num_columns_ptr
+            + offset(num_columns_strides, batch, head)
+            + tile * num_columns_strides[2]
+        )
+        for step in range(0, count, BLOCK_N):
+            exists = step + keys < count
+            column = tl.load(lists + step + keys, mask=exists, other=0)
+            k = load_rows(k_base, column, k_strides[2], exists, dims, HEAD_DIM)
+            v = load_rows(v_base, column, v_strides[2], exists, dims, HEAD_DIM)
+            acc, row_max, row_sum = online_softmax(
+                acc, row_max, row_sum, q, k, v, exists[None, :], scale_log2, True
+            )
 
     # A query without keys has sum 0 and accumulator 0: its output is 0.
     out = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]  # [M, D]
-    out_base = out_ptr + _offset(out_strides, batch, head)
+    out_base = out_ptr + offset(out_strides, batch, head)
     pointers = out_base + source.to(tl.int64)[:, None] * out_strides[2] + dims[None, :]
     keep = real[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=keep)

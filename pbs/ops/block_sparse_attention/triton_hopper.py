@@ -10,6 +10,11 @@ Measured on an H100 (``experiments/results/h100_2026-11-23b``; bf16, 32 query an
 (0.22) and 512K (0.22) tokens, 0.84, 1.03 and 0.95 of the rate of FlashAttention-4's dense kernel.
 At 128K the matrix unit is busy 81 % of the time (``profile.csv`` there).
 
+A value that is not finite reaches all 64 rows of a warpgroup that computes it in a window, those
+too that do not see it: their weight is 0, and 0 * NaN is NaN. (A key does not: its logits are
+replaced.) :mod:`.triton` then takes windows again, value by value; here the tiles of V have left
+shared memory by then.
+
 Legend: see :mod:`pbs.ops.grid`. In the kernel: M query rows of a warpgroup, N keys, D head dim.
 """
 

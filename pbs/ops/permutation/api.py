@@ -15,7 +15,7 @@ def key_importance(proxy: Tensor, k: Tensor, *, scale: float, backend: str = "au
     """Mean attention probability of each key over the proxy queries, without a causal mask.
 
     Args:
-        proxy: ``[Z, Ho, P, D]``.
+        proxy: ``[Z, Ho, P, D]``, in k's dtype, or fp32 (means of queries, not rounded).
         k: ``[Z, Hkv, N, D]``, Ho a multiple of Hkv.
         scale: factor of the logits.
         backend: "auto", "reference" or "triton".
@@ -55,7 +55,7 @@ def importance_order(
     """:func:`sort_segments` of the :func:`key_importance` of the complete segments, in one step.
 
     Args:
-        proxy: ``[Z, Ho, P, D]``.
+        proxy: ``[Z, Ho, P, D]``, as there.
         k: ``[Z, Hkv, Nk, D]``, Ho a multiple of Hkv, with at least one complete segment.
         scale: factor of the logits.
         segment_size: S; keys of an incomplete last segment keep their place.

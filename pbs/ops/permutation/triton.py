@@ -28,7 +28,16 @@ def _load_keys(k_base, rows, k_stride, dims, num_keys, HEAD_DIM: tl.constexpr):
 @triton.jit
 def _logits(q, k, rows, num_keys, scale_log2):
     """Base-2 logits of some keys; -inf past the last key."""
-    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [M, N]
+    if q.dtype == k.dtype:
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
+    else:
+        # A mean of queries has more bits than one: two products of 16-bit factors, which the matrix
+        # unit multiplies, instead of one in fp32, which it does not.
+        high = q.to(k.dtype)
+        low = (q - high.to(tl.float32)).to(k.dtype)
+        logits = tl.dot(high, tl.trans(k), input_precision="ieee")  # [M, N]
+        logits = tl.dot(low, tl.trans(k), logits, input_precision="ieee")
+    logits *= scale_log2
     return tl.where((rows < num_keys)[None, :], logits, float("-inf"))
 
 
