@@ -49,8 +49,9 @@ def block_sparse_attention(
 
     Returns:
         ``[Z, Hq, Nq, D]`` in q's dtype, also under autocast; zeros for a query without keys. A key
-        or value that is not finite changes no query that does not see it, except on the Hopper kernel: there a value
-        that is not finite reaches all rows of a query tile that computes it in a window.
+        or value that is not finite changes no query that does not see it, except on the Hopper
+        kernel: there a value that is not finite reaches all rows of a query tile that computes it
+        in a window.
 
     Raises:
         ValueError: shapes, devices or the plan do not fit, or the backend's name is unknown.
