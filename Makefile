@@ -63,7 +63,7 @@ kernels: $(VENV)/.core ## Compile every Triton kernel for sm_80, sm_90 and sm_10
 bench: $(VENV)/.core ## Gate, then attention beside PyTorch's SDPA on this CPU (minutes)
 	$(BIN)/python -m experiments.bench_cpu --out outputs/bench_cpu
 
-bench-gpu: $(VENV)/.core ## All numbers that need a GPU, in 20 minutes
+bench-gpu: $(VENV)/.core ## All numbers that need a GPU
 	$(BIN)/python -m experiments.bench_gpu --out outputs/bench_gpu
 
 audit: $(VENV)/.dev ## Look installed packages up among known vulnerabilities (needs the Python Package Index)

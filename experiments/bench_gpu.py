@@ -1,4 +1,4 @@
-"""``make bench-gpu``: every number that needs a GPU, by one command, in 20 minutes.
+"""``make bench-gpu``: every number that needs a GPU, by one command.
 
 Runs the correctness gate, Table 7 of the paper, the selection cost of every method with break-even
 lengths, and the time to first token of Llama-3.1-8B with random weights. Needs no hydra, no wandb

@@ -4,7 +4,7 @@
 #   scripts/eval_efficiency.sh table7            attention alone, Table 7 (one GPU)
 #   scripts/eval_efficiency.sh figure4           time to first token, Figure 4 (one GPU)
 #   scripts/eval_efficiency.sh methods           every method's stages and break-even length
-#   scripts/eval_efficiency.sh all DIR           all GPU numbers in nine minutes, into DIR
+#   scripts/eval_efficiency.sh all DIR           all GPU numbers, into DIR
 #
 # Further words are handed to run.py, as in: scripts/eval_efficiency.sh table7 bench.lengths=[8192]
 set -euo pipefail
