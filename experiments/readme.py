@@ -17,6 +17,7 @@ import pandas as pd
 from experiments.bench import BENCHES
 from experiments.compare import changed_parameters
 from experiments.config import ROOT
+from experiments.notes import notes_of
 from experiments.pictures import draw_accuracy_density
 from experiments.published import TABLE7
 from experiments.report.runs import Results, Run, read_results
@@ -71,7 +72,8 @@ def needle_table(outputs: Path) -> str:
     shutil.copy(ours.folder / "attention_map.png", docs / "attention_map.png")
     title = title_of(ours.folder.parent.parent, rows)
     device = ours.environment["device"]
-    return f"{title}\n\n{to_markdown(format_columns(rows))}\n\nOn {device}.\n"
+    parts = [title, to_markdown(format_columns(rows)), *notes_of(rows), f"On {device}."]
+    return "\n\n".join(parts) + "\n"
 
 
 def demo_runs(results: Results) -> list[tuple[Run, Row]]:

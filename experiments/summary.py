@@ -12,6 +12,7 @@ from experiments.bench import BENCHES
 from experiments.compare import config_of
 from experiments.config import LoggerConfig, PathsConfig
 from experiments.console import show_messages
+from experiments.notes import notes_of
 from experiments.opencompass.report import report_scores
 from experiments.ranks import is_follower
 from experiments.speed.timing_table import timing_notes, write_table7
@@ -134,6 +135,7 @@ def _notes(group: Path, rows: Sequence[Row], pictures: Iterable[Path]) -> list[s
             else "accuracy and difference 95 % intervals (Wilson; paired, Newcombe)"
         )
         notes.append(f"brackets: {intervals}, time 20th to 80th percentile")
+    notes += notes_of(rows)
     commands = {row["dense_command"]: None for row in rows if row["dense_command"]}
     notes += [f"no dense run to compare with; make it with: {command}" for command in commands]
     notes += [

@@ -14,6 +14,7 @@ from rich.table import Table
 from experiments.bench import BENCHES
 from experiments.compare import compare_with_dense, config_of, dense_command, find_dense
 from experiments.config import DENSE, RunConfig
+from experiments.notes import describe_coverage, describe_truncation, notes_of
 from experiments.speed.timing_table import timing_columns, timing_numbers
 from experiments.store import RunStore, write_atomically
 
@@ -50,6 +51,11 @@ def _row(folder: Path, cfg: RunConfig) -> Row:
     }
     match = metrics.get("match") or {}
     row |= {f"match_{key}": value for key, value in match.items()}
+    if match.get("num_prompts"):
+        row["held_out_basis"] = f"{match['num_prompts']} prompts that are not measured"
+    if "results" in metrics:
+        row["coverage_basis"] = describe_coverage(metrics["results"]["total"])
+        row["truncated"] = describe_truncation(metrics["results"])
     if times_dense(cfg) and "results" in metrics:
         row |= {"num_samples": metrics["results"]["total"]["num_samples"]}
         return row | timing_numbers(metrics["results"])
@@ -239,10 +245,10 @@ def title_of(group: Path, rows: Sequence[Row]) -> str:
 
 
 def write(group: Path, rows: Sequence[Row]) -> None:
-    """The table as CSV with the raw numbers, and as Markdown."""
+    """The table as CSV with the raw numbers, and as Markdown with its notes."""
     write_atomically(group / "summary.csv", pd.DataFrame(rows).to_csv(index=False))
-    text = to_markdown(format_columns(rows))
-    write_atomically(group / "summary.md", f"{title_of(group, rows)}\n\n{text}\n")
+    parts = [title_of(group, rows), to_markdown(format_columns(rows)), *notes_of(rows)]
+    write_atomically(group / "summary.md", "\n\n".join(parts) + "\n")
 
 
 def to_markdown(columns: Mapping[str, Sequence[str]]) -> str:

@@ -7,6 +7,11 @@ import time
 import pandas as pd
 import pytest
 
+from experiments.report.content import make_sections
+from experiments.report.page import write_markdown
+from experiments.report.runs import read_results
+from experiments.results import load
+
 FAST = ("debug=fast", "check=false", "paths.outputs=out")
 
 
@@ -114,3 +119,16 @@ def test_experiments_start_their_sweep_by_themselves(command):
     )
     assert status == 0
     assert "pbs threshold=0.5" in printed
+
+
+def test_a_table_says_on_what_its_coverage_was_measured(command, tmp_path):
+    words = ("bench.depths=[0.0,1.0]", "bench.coverage_every=2", "bench.coverage_rows=16")
+    status, printed = command("-m", *FAST, *words, "method=flash,pbs")
+    assert status == 0
+    basis = "coverage: 2 of 4 samples, layers 0, 1, all heads, at most 16 queries of each"
+    assert basis in " ".join(printed.split())
+    assert basis in (tmp_path / "out/needle/tiny/summary.md").read_text()
+    results = read_results(tmp_path / "out")
+    write_markdown(make_sections(results), tmp_path / "report.md")
+    assert basis[1:] in (tmp_path / "report.md").read_text()
+    assert set(load(tmp_path / "out")["num_coverage_samples"]) == {1}
