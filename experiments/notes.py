@@ -12,6 +12,9 @@ from experiments.store import Record
 
 Row = dict[str, Any]
 
+# Notes that a row may have, and the word that each begins with.
+KINDS = {"coverage_basis": "coverage", "truncated": "truncated", "held_out_basis": "held-out"}
+# What cells of results are called by.
 NAMES = ("task", "length", "difficulty", "length_class")
 
 
@@ -40,7 +43,7 @@ def coverage_facts(records: Sequence[Record]) -> Row:
 
 
 def describe_coverage(numbers: Mapping[str, Any]) -> str | None:
-    """ "15 of 75 samples, layers 0, 1, 3, all heads, at most 64 queries of each"; None if unknown.
+    """On what a run's coverage was measured; None if it has none.
 
     Args:
         numbers: a run's ``total``, with what :func:`coverage_facts` gives. ``num_prompts`` if a
@@ -52,16 +55,16 @@ def describe_coverage(numbers: Mapping[str, Any]) -> str | None:
     if numbers.get("num_prompts"):
         parts = [f"{parts[0]} ({numbers['num_prompts']} prompts)"]
     if numbers.get("coverage_layers"):
-        parts.append(f"layers {_listed(numbers['coverage_layers'])}")
+        parts.append(f"layers {listed(numbers['coverage_layers'])}")
     heads = numbers.get("coverage_heads")
-    parts.append("all heads" if heads is None else f"heads {_listed(heads)}")
+    parts.append("all heads" if heads is None else f"heads {listed(heads)}")
     if numbers.get("coverage_rows"):
         parts.append(f"at most {numbers['coverage_rows']} queries of each")
     return ", ".join(parts)
 
 
 def describe_truncation(results: Mapping[str, Any]) -> str | None:
-    """ "3 of 6 prompts (vt 2048: 2 of 2, fwe 2048: 1 of 4)"; None if all were whole.
+    """Which prompts lost a part of their text; None if all were whole.
 
     Args:
         results: of ``metrics.json``. A cell's prompts are its ``num_prompts``, else its
@@ -73,7 +76,7 @@ def describe_truncation(results: Mapping[str, Any]) -> str | None:
     if not truncated:
         return None
     named = [f"{name}: {cut} of {number}" for name, (cut, number) in counts.items() if cut]
-    return f"{truncated} of {total} prompts ({', '.join(named)})"
+    return f"{truncated} of {total} prompts ({', '.join(named)}), of whose text a part is missing"
 
 
 def notes_of(rows: Sequence[Row]) -> list[str]:
@@ -83,18 +86,14 @@ def notes_of(rows: Sequence[Row]) -> list[str]:
         rows: as of :func:`experiments.table.make_rows`.
     """
     notes = []
-    for key, start, end in (
-        ("coverage_basis", "coverage", ""),
-        ("truncated", "truncated", ", of whose text a part is missing"),
-        ("held_out_basis", "held-out", ""),
-    ):
+    for key, start in KINDS.items():
         labels: dict[str, list[str]] = {}
         for row in rows:
             if row.get(key):
                 labels.setdefault(row[key], []).append(row["label"])
         for text, names in labels.items():
             of = "" if len(names) == len(rows) else f" ({', '.join(names)})"
-            notes.append(f"{start}{of}: {text}{end}")
+            notes.append(f"{start}{of}: {text}")
     return notes
 
 
@@ -108,8 +107,8 @@ def _counts(cell: Mapping[str, Any]) -> tuple[int, int]:
     return cell.get("num_truncated", 0), cell.get("num_prompts", cell.get("num_samples", 0))
 
 
-def _listed(numbers: Sequence[int]) -> str:
-    """ "0, 3, 8-11": three and more in a row as a range."""
+def listed(numbers: Sequence[int]) -> str:
+    """Numbers as text; three and more in a row as a range, as in "0, 3, 8-11"."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:

@@ -21,6 +21,7 @@ from experiments.environment import describe_environment
 from experiments.failures import describe_failure, explain_failure, release_after_failure
 from experiments.matched import Calibration, calibrate
 from experiments.models import LoadedModel, load_model
+from experiments.notes import describe_truncation
 from experiments.setting_checks import check_lists
 from experiments.store import Record, RunStore, to_json, write_atomically
 from experiments.tracking import Tracker
@@ -142,6 +143,9 @@ def _run_locked(
         total = metrics["results"]["total"]
         metrics["match"] = {**facts["match"], "measured": total.get(calibration.quantity)}
     store.write_metrics(metrics)
+    truncated = describe_truncation(metrics["results"])
+    if truncated is not None:
+        logger.warning("%s: truncated: %s", title, truncated)
     pictures = _draw(bench, context)
     tracker.finish(
         _summary(metrics),

@@ -56,7 +56,7 @@ def report(
         is_failed |= any(row["status"] not in ("finished", "unreachable") for row in rows)
         show(group, rows)  # first: a full disk must not hide it
         write(group, rows)
-        report_scores(group, cells)
+        report_scores(group, cells, notes_of(rows))
         tables = write_table7(group, rows)
         is_stale = _is_stale(group, cells)
         if is_stale:

@@ -56,6 +56,7 @@ def _row(folder: Path, cfg: RunConfig) -> Row:
     if "results" in metrics:
         row["coverage_basis"] = describe_coverage(metrics["results"]["total"])
         row["truncated"] = describe_truncation(metrics["results"])
+        row["num_truncated"] = metrics["results"]["total"].get("num_truncated")
     if times_dense(cfg) and "results" in metrics:
         row |= {"num_samples": metrics["results"]["total"]["num_samples"]}
         return row | timing_numbers(metrics["results"])

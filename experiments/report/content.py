@@ -170,7 +170,7 @@ def _times(times: Times) -> Iterator[Block]:
     )
     truncated = describe_truncation({"cells": times.records})
     if truncated is not None:
-        yield Text(f"Truncated: {truncated}, of whose text a part is missing.")
+        yield Text(f"Truncated: {truncated}.")
     yield from _drawn(time_figures.draw_breakdown, times, "stages of each method")
     yield from _drawn(time_figures.draw_speed_up, times, "speed-up against length")
     yield from _drawn(time_figures.draw_floor, times, "measured time over the floor")

@@ -50,7 +50,7 @@ def test_truncated_prompts_are_counted_by_cell():
         {"task": "cwe", "length": 2048, "num_samples": 2, "num_truncated": 0},
         {"task": "broken", "num_samples": 0, "score": None},
     ]
-    expected = "3 of 8 prompts (vt 2048: 2 of 2, fwe 2048: 1 of 4)"
+    expected = "3 of 8 prompts (vt 2048: 2 of 2, fwe 2048: 1 of 4), of whose text a part is missing"
     assert describe_truncation({"cells": cells}) == expected
     assert describe_truncation({"cells": cells[2:]}) is None
     assert describe_truncation({"cells": []}) is None
@@ -60,19 +60,19 @@ def test_prompts_that_several_cells_share_count_once():
     cells = [
         {"length": 512, "layer": layer, "num_samples": 3, "num_truncated": 1} for layer in (0, 1)
     ]
-    assert describe_truncation({"cells": cells}) == "1 of 3 prompts (512: 1 of 3)"
+    assert describe_truncation({"cells": cells}).startswith("1 of 3 prompts (512: 1 of 3),")
     cell = {"length": 512, "num_prompts": 2, "num_truncated": 2, "num_samples": 1}
-    assert describe_truncation({"cells": [cell]}) == "2 of 2 prompts (512: 2 of 2)"
+    assert describe_truncation({"cells": [cell]}).startswith("2 of 2 prompts (512: 2 of 2),")
 
 
 def test_runs_that_rest_on_the_same_share_a_note():
     rows = [
         {"label": "flash", "coverage_basis": "x"},
-        {"label": "pbs", "coverage_basis": "x", "truncated": "1 of 2 prompts (a: 1 of 2)"},
+        {"label": "pbs", "coverage_basis": "x", "truncated": "z"},
     ]
     assert notes_of(rows) == [
         "coverage: x",
-        "truncated (pbs): 1 of 2 prompts (a: 1 of 2), of whose text a part is missing",
+        "truncated (pbs): z",
     ]
     rows[0]["coverage_basis"] = "y"
     assert notes_of(rows)[:2] == ["coverage (flash): y", "coverage (pbs): x"]
