@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
@@ -84,9 +86,9 @@ def explain_errors(run: Callable[[], Any]) -> int:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     # Hydra prints errors and exits by itself; with this variable it hands them to us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = _flags_first(sys.argv[1:])
     try:
         refuse_in_words(sys.argv[1:])
+        sys.argv[1:] = flags_first(sys.argv[1:])
         run()
         status = 0
         if CollectCells.folders:
@@ -195,10 +197,33 @@ def _notes(config: DictConfig) -> list[Path]:
     return sorted([*folder.glob("*.folder"), *folder.glob("*.error")])
 
 
-def _flags_first(words: Sequence[str]) -> list[str]:
-    """The same words with -m in front: argparse reads no settings after a flag among them."""
-    flags = [word for word in words if word in ("-m", "--multirun")]
-    return [*flags[:1], *(word for word in words if word not in flags)]
+def flags_first(words: Sequence[str]) -> list[str]:
+    """The same words with Hydra's flags in front: it reads no settings after a flag among them.
+
+    Raises:
+        ConfigError: a flag that Hydra does not have, or without the value that it takes.
+    """
+    parser = get_args_parser()
+    parser.error = _refuse_flag
+    # The value of --info may be left out: a setting behind it is none.
+    infos = [
+        "--info=all" if word in ("-i", "--info") and "=" in following else word
+        for word, following in zip_longest(words, words[1:], fillvalue="")
+    ]
+    found = vars(parser.parse_intermixed_args(infos))
+    settings = found.pop("overrides")
+    flags = []
+    for name, value in found.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            flags.append(flag)
+        elif value not in (None, False):
+            flags.append(f"{flag}={value}")
+    return [*flags, *settings]
+
+
+def _refuse_flag(message: str) -> NoReturn:
+    raise ConfigError(f"{message}; --help and --hydra-help list what there is")
 
 
 def _groups() -> str:

@@ -22,6 +22,7 @@ from omegaconf.errors import (
 from experiments.setting_checks import describe_type, shorten
 from experiments.setting_groups import ConfigError
 
+NO_SLURM = "Slurm, whose srun is not on this machine's PATH: run it on a node of the cluster"
 GROUPS = (
     "model",
     "method",
@@ -51,13 +52,17 @@ def explain(error: Exception) -> str:
         return text
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        return unknown(f"option of group {group!r}:", option.removesuffix(".yaml"), error.options)
+        said = unknown(f"option of group {group!r}:", option.removesuffix(".yaml"), error.options)
+        return f"{said}{_PACKAGES if group == 'hydra/launcher' else ''}"
     if isinstance(error, OverrideParseException):
         return _explain_word(error)
     for find, say in _PHRASES:
         found = re.search(find, text, re.DOTALL)
         if found:
             return say(found)
+    file = re.match(r"In '([^']+)'", text)
+    if file and isinstance(error.__context__, OmegaConfBaseException):
+        return f"{file[1]}.yaml: {_explain_setting(error.__context__)}"
     cause = error.__cause__ or error
     if isinstance(cause, OmegaConfBaseException):
         return _explain_setting(cause)
@@ -68,8 +73,8 @@ def explain(error: Exception) -> str:
     if isinstance(error, ValueError):
         return text
     first = text.splitlines()[0] if text else "no message"
-    # Hydra's errors of its own are sentences; anything else was not meant for a user.
-    if type(error).__module__.startswith("hydra."):
+    # Errors of Hydra and its launcher are sentences; anything else was not meant for a user.
+    if type(error).__module__.startswith(("hydra.", "submitit.")):
         return first
     return f"internal error, {type(error).__name__}: {first} (HYDRA_FULL_ERROR=1 shows where)"
 
@@ -136,7 +141,15 @@ def _say_part(found: re.Match[str]) -> str:
     return f"{method} has no {group}: leave out {group}={option}, or choose a method with one"
 
 
+_PACKAGES = "; others come with the packages hydra-joblib-launcher and hydra-submitit-launcher"
 _PHRASES = (
+    (
+        r"Could not detect \"srun\"",
+        lambda _: (
+            f"hydra/launcher=submitit_slurm needs {NO_SLURM}, or choose hydra/launcher="
+            "submitit_local or joblib"
+        ),
+    ),
     (
         r"Config group override must be a string",
         lambda _: "a group cannot be null: leave it out, or remove it with ~GROUP",

@@ -76,9 +76,10 @@ class Calibration:
         return self.value is not None
 
     def facts(self) -> dict[str, Any]:
-        """For ``metrics.json`` and tables: all but prompts and trials."""
+        """For ``metrics.json`` and tables: of the prompts their number, of the trials nothing."""
         hidden = ("prompts", "trials", "tolerance")
-        return {key: value for key, value in asdict(self).items() if key not in hidden}
+        shown = {key: value for key, value in asdict(self).items() if key not in hidden}
+        return {**shown, "num_prompts": len(self.prompts)}
 
     def explain(self) -> str:
         """One sentence on a target that cannot be met."""
@@ -286,7 +287,8 @@ def _folder(cfg: RunConfig) -> Any:
         "method": cfg.identity_without_paths("method"),
         "bench": cfg.identity_without_paths("bench"),
         **({"inputs": cfg.inputs} if cfg.inputs else {}),
-        "prompts": [match.lengths, match.num_prompts],
+        # Other rules of drawing prompts are other words: no trials on other prompts are mixed in.
+        "prompts": [match.lengths, match.num_prompts, "pairs of task and depth in turn"],
         "seed": cfg.seed,
     }
     return cfg.group / cfg.method["name"] / ".calibration" / digest(identity)

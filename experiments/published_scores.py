@@ -98,7 +98,8 @@ def compare_published(group: str | Path) -> pd.DataFrame:
     Returns:
         A row per published score with the columns ``COLUMNS``. ``status``: "finished"; "partial"
         (a part of the bench only, or a part failed: the difference says little); "other setting"
-        (the method's parameters are not the published ones); "failed"; "not run". ``ours`` and
+        (the method's parameters are not the published ones); "failed"; "not run". ``note``: another
+        harness, truncated prompts of ours. ``ours`` and
         ``difference`` (ours minus published, in points) are missing where there is no number.
     """
     group = Path(group)
@@ -107,9 +108,11 @@ def compare_published(group: str | Path) -> pd.DataFrame:
     rows = []
     for score in load_published(group.parent.name, group.name):
         candidates = [run.against(score) for run in runs if run.method == score.method]
-        missing = {"status": "not run", "ours": None, "difference": None, "hash": None}
+        missing = {"status": "not run", "ours": None, "difference": None, "hash": None, "cut": ""}
         candidates.sort(key=lambda row: (_RANK.index(row["status"]), row.pop("order")))
-        best = candidates[0] if candidates else missing
+        best = dict(candidates[0] if candidates else missing)
+        harness = "" if score.harness == "opencompass" else f"harness: {score.harness}"
+        note = "; ".join(filter(None, [harness, best.pop("cut")]))
         rows.append(
             {
                 "source": score.source,
@@ -118,7 +121,7 @@ def compare_published(group: str | Path) -> pd.DataFrame:
                 "quantity": score.quantity,
                 "unit": score.unit,
                 "published": score.value,
-                "note": "" if score.harness == "opencompass" else f"harness: {score.harness}",
+                "note": note,
                 **best,
             }
         )
@@ -170,7 +173,14 @@ class _Run:
             "difference": None if ours is None else ours - score.value,
             "hash": self.digest,
             "order": self.order,
+            "cut": self._truncated(),
         }
+
+    def _truncated(self) -> str:
+        total = self.metrics.get("results", {}).get("total", {})
+        if not total.get("num_truncated"):
+            return ""
+        return f"{total['num_truncated']} of {total['num_samples']} prompts truncated"
 
 
 def _quantity(metrics: Mapping[str, Any], quantity: str) -> float | None:

@@ -31,6 +31,8 @@ COLUMNS = (
     "accuracy_high",
     "density",
     "coverage",
+    "num_coverage_samples",
+    "num_truncated",
     "prefill_seconds",
     "prefill_p20",
     "prefill_p80",

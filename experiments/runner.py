@@ -22,6 +22,7 @@ from experiments.failures import describe_failure, explain_failure, release_afte
 from experiments.load import LoadMeter, mean_load
 from experiments.matched import Calibration, calibrate
 from experiments.models import LoadedModel, load_model
+from experiments.notes import describe_truncation
 from experiments.run_environments import environments_of
 from experiments.setting_checks import check_lists
 from experiments.store import CHANGED, Record, RunStore, to_json, write_atomically
@@ -149,6 +150,9 @@ def _run_locked(
         total = metrics["results"]["total"]
         metrics["match"] = {**facts["match"], "measured": total.get(calibration.quantity)}
     store.write_metrics(metrics)
+    truncated = describe_truncation(metrics["results"])
+    if truncated is not None:
+        logger.warning("%s: truncated: %s", title, truncated)
     pictures = _draw(bench, context)
     tracker.finish(
         _summary(metrics),

@@ -52,7 +52,7 @@ def report(
         everything = runs_of_group(group, cells)
         all_rows = make_rows(everything)
         write(group, all_rows)
-        report_scores(group, cells, everything)
+        report_scores(group, cells, everything, reading_notes(all_rows))
         tables = write_table7(group, all_rows)
         is_new = is_stale(group, cells)
         places = draw_group(group, cells) if is_new else []

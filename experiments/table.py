@@ -23,6 +23,7 @@ from experiments.compare import (
 from experiments.config import RunConfig, digest
 from experiments.dense_times import compare_times
 from experiments.load import load_warning
+from experiments.notes import describe_coverage, describe_truncation, notes_of
 from experiments.speed.timing_table import speed_up_text, timing_columns, timing_numbers
 from experiments.store import RunStore, write_atomically
 
@@ -72,6 +73,12 @@ def _row(folder: Path, cfg: RunConfig) -> Row:
     }
     match = metrics.get("match") or {}
     row |= {f"match_{key}": value for key, value in match.items()}
+    if match.get("num_prompts"):
+        row["held_out_basis"] = f"{match['num_prompts']} prompts that are not measured"
+    if "results" in metrics:
+        row["coverage_basis"] = describe_coverage(metrics["results"]["total"])
+        row["truncated"] = describe_truncation(metrics["results"])
+        row["num_truncated"] = metrics["results"]["total"].get("num_truncated")
     if times_dense(cfg) and "results" in metrics:
         row |= {"num_samples": metrics["results"]["total"]["num_samples"]}
         return row | timing_numbers(metrics["results"])
@@ -255,7 +262,7 @@ def reading_notes(rows: Sequence[Row]) -> list[str]:
         )
     for row in rows:
         notes += [f"{row['label']}: {text}" for text in _remarks(row)]
-    return notes
+    return notes + notes_of(rows)
 
 
 def _remarks(row: Row) -> list[str]:

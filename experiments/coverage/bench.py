@@ -43,7 +43,7 @@ class CoverageBench(Bench):
         text: "needle" (generated questions, as in bench=needle), "generated" (random token ids) or
             a file: plain text, or JSON (lines) with a text under "context" each.
         lengths: of the prompts, in tokens.
-        num_prompts: prompts of each length.
+        num_prompts: prompts of each length; ``limit`` lowers it.
         layers: layers to measure; default all that ask the method.
         heads: query heads to measure; default all.
         values: of the method's knob, besides its own setting; default: ``num_values`` over the
@@ -120,9 +120,9 @@ class CoverageBench(Bench):
             self.text,
             model,
             lengths=self.lengths,
-            num_prompts=self.num_prompts,
+            num_prompts=min(self.num_prompts, self.limit or self.num_prompts),
             seed=context.cfg.seed,
-        )[: self.limit]
+        )
         layers = self.layers or range(num_layers(model))
         context.announce(len(prompts) * len(layers))
         dense = build_method("flash")
@@ -195,6 +195,7 @@ class CoverageBench(Bench):
                 "prompt": prompt.name,
                 "length": prompt.length,
                 "input_digest": input_digest(prompt.ids),
+                "is_truncated": prompt.is_truncated,
                 **measure_call(call, settings, heads=self.heads, num_rows=self.num_rows),
                 "seconds": time.perf_counter() - started,
             }
@@ -273,8 +274,8 @@ def measure_call(
     """Density and coverage of every setting for one call's queries and keys.
 
     Returns:
-        The layer, the heads, and one point per setting with a list of densities and one of
-        coverages, an entry per head.
+        The layer, the heads, the number of queries, and one point per setting with a list of
+        densities and one of coverages, an entry per head.
     """
     from experiments.coverage.measure import measure_plans, sample_rows
 
@@ -299,6 +300,7 @@ def measure_call(
     return {
         "layer": call.layer_idx,
         "heads": heads,
+        "num_rows": num_queries if rows is None else len(rows),
         "num_tokens": call.k.shape[2],
         "points": points,
         "density": sum(own["density"]) / len(heads),

@@ -115,6 +115,9 @@ class CoverageProbe:
             same ones.
         seed: of that draw.
         chunk_rows: queries at a time, see :func:`measure_coverage`.
+
+    Attributes:
+        heads: query heads that are measured; None for all.
     """
 
     def __init__(
@@ -129,7 +132,7 @@ class CoverageProbe:
         if num_rows is not None and num_rows < 1:
             raise ValueError(f"num_rows must be at least 1 or None for all rows, got {num_rows}")
         self._layers = None if layers is None else frozenset(layers)
-        self._heads = None if heads is None else tuple(heads)
+        self.heads = None if heads is None else list(heads)
         self._num_rows = num_rows
         self._seed = seed
         self._chunk_rows = chunk_rows
@@ -142,20 +145,25 @@ class CoverageProbe:
         is_decode = num_queries == 1 or record.is_decode
         if is_decode or (self._layers is not None and layer not in self._layers):
             return
+        num_rows = self.num_rows_of(num_queries)
         rows = None
-        if self._num_rows is not None and self._num_rows < num_queries:
-            rows = sample_rows(num_queries, self._num_rows, seed=self._seed)
+        if num_rows < num_queries:
+            rows = sample_rows(num_queries, num_rows, seed=self._seed)
         with torch.no_grad():
             coverage = measure_coverage(
                 record.q,
                 record.k,
                 record.plan,
                 scale=record.scale,
-                heads=self._heads,
+                heads=self.heads,
                 rows=rows,
                 chunk_rows=self._chunk_rows,
             )
         self._values.setdefault(layer, []).append(coverage)
+
+    def num_rows_of(self, num_queries: int) -> int:
+        """How many of so many queries are measured."""
+        return num_queries if self._num_rows is None else min(self._num_rows, num_queries)
 
     def mean(self) -> float:
         """Mean over the layers of their means.

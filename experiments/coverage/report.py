@@ -46,18 +46,20 @@ def summarise_coverage(records: Sequence[Record]) -> dict[str, Any]:
         every value of the knob, and ``cells`` one row per length, layer and value.
     """
     points = points_of(records)
+    truncated = {record["prompt"] for record in records if record.get("is_truncated")}
     cells = [
         {
             "length": int(length),
             "layer": int(layer),
             "num_samples": int(part["prompt"].nunique()),
+            "num_truncated": len(truncated.intersection(part["prompt"])),
             **point,
         }
         for (length, layer), part in points.groupby(["length", "layer"])
         for point in _curve_points(part)
     ]
     return {
-        "total": _measure(points),
+        "total": {**_measure(points), **_basis(records)},
         "by_length": {str(length): _measure(part) for length, part in points.groupby("length")},
         "by_layer": {str(layer): _measure(part) for layer, part in points.groupby("layer")},
         "cells": cells,
@@ -159,6 +161,19 @@ def compare_heads(
     both.loc[both["change"] < -tolerance, "verdict"] = "helped"
     both.loc[both["change"] > tolerance, "verdict"] = "harmed"
     return both
+
+
+def _basis(records: Sequence[Record]) -> dict[str, Any]:
+    """On what all of it was measured; a sample is a prompt and a layer."""
+    rows = [record["num_rows"] for record in records if "num_rows" in record]
+    return {
+        "num_coverage_samples": len(records),
+        "num_prompts": len({record["prompt"] for record in records}),
+        "coverage_layers": sorted({record["layer"] for record in records}),
+        "coverage_heads": sorted({head for record in records for head in record["heads"]}),
+        "coverage_rows": max(rows, default=None),
+        "num_truncated": sum(bool(record.get("is_truncated")) for record in records),
+    }
 
 
 def _measure(points: pd.DataFrame) -> dict[str, Any]:

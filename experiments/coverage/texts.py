@@ -16,11 +16,19 @@ NEEDLE, GENERATED = "needle", "generated"
 
 
 class Prompt(NamedTuple):
-    """A name that is unique in its run, the length asked for, and token ids ``[1, N]``."""
+    """A prompt.
+
+    Attributes:
+        name: unique in its run.
+        length: in tokens, as it was asked for.
+        ids: token ids ``[1, N]``.
+        is_truncated: whether it is the beginning of a longer text.
+    """
 
     name: str
     length: int
     ids: Tensor
+    is_truncated: bool = False
 
 
 def text_files(setting: str, text: str | None) -> dict[str, Path]:
@@ -48,7 +56,8 @@ def make_prompts(
     """Prompts of every length, on the model's device.
 
     Needle questions have at most ``length`` tokens with their answer, all other prompts exactly
-    ``length``. Prompts from plain text are consecutive pieces of it; of JSON each text gives one.
+    ``length``. Prompts from plain text are consecutive pieces of it; of JSON each text gives one,
+    its beginning.
 
     Raises:
         ConfigError: no such file, too little text, or a model without the tokenizer it takes.
@@ -99,21 +108,20 @@ def _from_file(path: Path, model: LoadedModel, length: int, count: int) -> list[
     start = list(model.tokenizer("")["input_ids"])  # the model expects these before any text
     size = length - len(start)
     if path.suffix in (".json", ".jsonl"):
-        texts = [
-            _tokens(model, text)[:size] for text in read_texts(path, count, setting="bench.text")
-        ]
+        whole = [_tokens(model, text) for text in read_texts(path, count, setting="bench.text")]
+        texts = [(text[:size], len(text) > size) for text in whole]
     else:
         tokens = _tokens(model, path.read_text())
-        texts = [tokens[number * size : (number + 1) * size] for number in range(count)]
-    enough = [text for text in texts if len(text) == size]
+        texts = [(tokens[number * size : (number + 1) * size], False) for number in range(count)]
+    enough = [(text, is_cut) for text, is_cut in texts if len(text) == size]
     if len(enough) < count:
         raise ConfigError(
             f"bench.text={path} has {len(enough)} prompts of {length} tokens, {count} are needed; "
             "choose shorter bench.lengths, fewer bench.num_prompts or more text"
         )
     return [
-        Prompt(f"{path.stem}-{length}-{number}", length, torch.tensor([[*start, *text]]))
-        for number, text in enumerate(enough)
+        Prompt(f"{path.stem}-{length}-{number}", length, torch.tensor([[*start, *text]]), is_cut)
+        for number, (text, is_cut) in enumerate(enough)
     ]
 
 

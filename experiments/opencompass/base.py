@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from experiments.bench import Bench, Context
 from experiments.config import ConfigError
+from experiments.explain import NO_SLURM
 from experiments.opencompass.files import MissingDataError, find_folder
 from experiments.run_environments import prefill_times
 from experiments.store import Record, RunStore
@@ -146,12 +147,17 @@ class OpenCompassBench(Bench):
         """See the base class: OpenCompass and the data, before any model is loaded.
 
         Raises:
-            ConfigError: OpenCompass is not installed, or files are missing.
+            ConfigError: OpenCompass or Slurm is not installed, or files are missing.
         """
         if find_spec("opencompass") is None:
             raise ConfigError(
                 f"bench={cfg.bench['name']} needs OpenCompass; install it with: "
                 "pip install -e '.[eval]' (Python 3.10 to 3.12)"
+            )
+        if cfg.runner.name == "slurm" and not cfg.runner.dry_run and shutil.which("srun") is None:
+            raise ConfigError(
+                f"runner=slurm needs {NO_SLURM}, or choose runner=local; runner.dry_run=true shows "
+                "the commands"
             )
         self.prepare_data(cfg)
         # With another runner the model is loaded where it answers, not here.

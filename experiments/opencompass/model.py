@@ -10,11 +10,7 @@ from typing import Any
 import torch
 from opencompass.models import HuggingFacewithChatTemplate
 from opencompass.models.base import BaseModel, LMTemplateParser
-from opencompass.models.huggingface_above_v4_33 import (
-    _convert_base_messages,
-    _convert_chat_messages,
-    _get_meta_template,
-)
+from opencompass.models.huggingface_above_v4_33 import _get_meta_template
 from opencompass.registry import MODELS
 from transformers import (
     LogitsProcessor,
@@ -26,6 +22,7 @@ from transformers import (
 from experiments.content import input_digest
 from experiments.models import LoadedModel
 from experiments.needle import NOT_FINITE
+from experiments.opencompass.prompts import render, tokenize
 from experiments.opencompass.truncation import cut_middle, prompt_limit
 from experiments.ranks import mean_over_ranks
 from experiments.store import Record
@@ -83,7 +80,7 @@ class PatchedModel(BaseModel):
 
     def get_token_len(self, prompt: str) -> int:
         """Tokens of a prompt as the model sees it, before truncation."""
-        return len(self._encode(prompt))
+        return len(tokenize(self.tokenizer, self._render(prompt)))
 
     def _answer_next(self, prompt: Any, max_out_len: int) -> str:
         index, self._next = self._next, self._next + 1
@@ -118,7 +115,7 @@ class PatchedModel(BaseModel):
             model_length=self.loaded.max_length,
             max_out_len=max_out_len,
         )
-        whole = self._tokenize(text)
+        whole = tokenize(self.tokenizer, text)
         kept = cut_middle(whole, limit)
         ids = torch.tensor([kept], device=self.loaded.device)
         first_token = _FirstToken(self.loaded)
@@ -159,19 +156,7 @@ class PatchedModel(BaseModel):
         }
 
     def _render(self, prompt: Any) -> str:
-        if not self.has_chat_template:
-            return _convert_base_messages([prompt])[0]
-        messages = _convert_chat_messages([prompt])[0]
-        return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, **self.chat_options
-        )
-
-    def _tokenize(self, text: str) -> list[int]:
-        # A chat template brings its own special tokens.
-        return self.tokenizer(text, add_special_tokens=not self.has_chat_template)["input_ids"]
-
-    def _encode(self, prompt: Any) -> list[int]:
-        return self._tokenize(self._render(prompt))
+        return render(self.tokenizer, prompt, self.chat_options)
 
     def _decode(self, answer: torch.Tensor) -> str:
         if not self.has_chat_template:

@@ -9,13 +9,16 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
+from experiments.notes import name_of
 from experiments.published_scores import compare_published, format_published
 from experiments.store import RunStore, write_atomically
 
 FAILED = "failed"
 
 
-def report_scores(group: Path, cells: Sequence[Path], everything: Sequence[Path]) -> None:
+def report_scores(
+    group: Path, cells: Sequence[Path], everything: Sequence[Path], notes: Sequence[str]
+) -> None:
     """Print and write both tables; nothing for benches without scores.
 
     Writes ``scores.csv``, ``scores.md``, ``published.csv`` and ``published.md`` into the folder.
@@ -24,6 +27,7 @@ def report_scores(group: Path, cells: Sequence[Path], everything: Sequence[Path]
         group: folder ``<outputs>/<bench>/<model>``.
         cells: run folders in it, whose scores are printed.
         everything: run folders in it, whose scores are written.
+        notes: what the written scores rest on; they go under the table in ``scores.md``.
     """
     scores = tabulate_scores(cells)
     if scores.empty:
@@ -32,7 +36,7 @@ def report_scores(group: Path, cells: Sequence[Path], everything: Sequence[Path]
     scores = tabulate_scores(everything)
     published = compare_published(group)
     write_atomically(group / "scores.csv", scores.to_csv())
-    write_atomically(group / "scores.md", format_scores(scores) + "\n")
+    write_atomically(group / "scores.md", "\n\n".join([format_scores(scores), *notes]) + "\n")
     if len(published):
         comparison = format_published(published)
         write_atomically(group / "published.csv", published.to_csv(index=False))
@@ -63,9 +67,7 @@ def tabulate_scores(cells: Sequence[Path]) -> pd.DataFrame:
 def _column(results: Mapping[str, Any]) -> dict[str, Any]:
     column: dict[str, Any] = {}
     for cell in results["cells"]:
-        names = (cell.get(key) for key in ("task", "length", "difficulty", "length_class"))
-        name = " ".join(str(part) for part in names if part is not None)
-        column[name] = FAILED if cell["score"] is None else cell["score"]
+        column[name_of(cell)] = FAILED if cell["score"] is None else cell["score"]
     total = results["total"]
     for name, entry in total.get("by_category", {}).items():
         mark = "" if entry["is_complete"] else f" ({len(entry['tasks'])} tasks only)"

@@ -55,7 +55,8 @@ class Ruler(OpenCompassBench):
 
     Args:
         tasks: ``niah_*``, ``vt``, ``fwe``, ``cwe``, ``qa_*``.
-        lengths: prompt plus the answer RULER expects, in tokens of the model's tokenizer.
+        lengths: prompt, with the model's chat template, plus room for the answer, in tokens of its
+            tokenizer. The room is ``max_out_len``, or what RULER itself allows if that is more.
         num_samples: samples per task and length (OpenCompass's 100).
         data_dir: folder with the files that seven of the tasks need.
         max_seq_len: prompt plus answer, in tokens; default: what the model takes.
@@ -77,6 +78,8 @@ class Ruler(OpenCompassBench):
             raise ValueError(
                 f"bench.lengths must name at least one length, each once, got {self.lengths}"
             )
+        if self.max_seq_len is not None:
+            self._check_lengths(self.max_seq_len, "bench.max_seq_len")
         if not 1 <= self.num_samples <= MAX_SAMPLES:
             raise ValueError(
                 f"bench.num_samples must lie in [1, {MAX_SAMPLES}], got {self.num_samples}"
@@ -96,7 +99,7 @@ class Ruler(OpenCompassBench):
     def prepare_data(self, cfg: RunConfig) -> None:
         """See the base class; also that no length is more than the model takes, if that is set."""
         if cfg.model.max_length is not None:
-            self._check_lengths(cfg.model.max_length)
+            self._check_lengths(cfg.model.max_length, "model.max_length")
         folder = Path("DIR")
         files = self.data_files(folder, self.tasks)
         if not files:
@@ -110,14 +113,14 @@ class Ruler(OpenCompassBench):
     def run(self, context: Context) -> None:
         """See the base class; also that the model takes all lengths: a cut prompt lost needles."""
         if context.model is not None:
-            self._check_lengths(context.model.max_length)
+            self._check_lengths(context.model.max_length, "model.max_length")
         super().run(context)
 
-    def _check_lengths(self, limit: int) -> None:
+    def _check_lengths(self, limit: int, name: str) -> None:
         if max(self.lengths) > limit:
             raise ValueError(
-                f"bench.lengths has {max(self.lengths)}, but model.max_length={limit}; choose "
-                "shorter lengths, or raise model.max_length if you know better"
+                f"bench.lengths has {max(self.lengths)}, but {name}={limit}; choose shorter "
+                f"lengths, or raise {name} if you know better"
             )
 
     def parts(self) -> list[Part]:
@@ -146,6 +149,7 @@ class Ruler(OpenCompassBench):
         )
         config["stock"], config["type"] = config["type"], CheckedRuler
         config["trust_remote_code"] = cfg.model.trust_remote_code
+        config["max_out_len"], config["chat_options"] = self.max_out_len, self.chat_options
         return config
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """RULER's samples, made by OpenCompass, which would wait for ever where they cannot be made.
 
 Its generators try again until a prompt fits, whatever the reason it does not: a length that is too
-short, more samples than questions, a broken file. They also run a tokenizer's own Python code.
-Imports OpenCompass.
+short, more samples than questions, a broken file. They also run a tokenizer's own Python code, and
+count neither the chat template nor an answer longer than they expect. Imports OpenCompass.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from transformers import AutoTokenizer
 
 from experiments.opencompass.columns import filled_text, problem, texts
 from experiments.opencompass.files import parse_json, read_text
+from experiments.opencompass.prompts import render, tokenize
 
 # Attempts in a row at a prompt that fits; of random prompts, some are a little longer.
 MAX_ATTEMPTS = 1000
 # FWE draws from length / 50 words, of which it asks for three.
-SHORTEST_FWE = 200
+FWE_WORDS = 50
+SHORTEST_FWE = 4 * FWE_WORDS
 # Documents that OpenCompass begins with; a question may not bring more.
 MAX_DOCUMENTS = 10
 
@@ -35,12 +37,23 @@ class CheckedRuler(BaseDataset):
     """A RULER task of OpenCompass with its files and lengths checked first."""
 
     @staticmethod
-    def load(stock: Any, trust_remote_code: bool, **settings: Any) -> Dataset:
+    def load(
+        stock: Any,
+        trust_remote_code: bool,
+        max_out_len: int,
+        chat_options: Mapping[str, Any],
+        **settings: Any,
+    ) -> Dataset:
         """Samples with a prompt and its answers.
+
+        Prompt in the chat template, special tokens and the room for the answer have at most
+        ``max_seq_length`` tokens. The room is ``max_out_len``, or the stock one if that is more.
 
         Args:
             stock: OpenCompass's class, or its dotted name.
             trust_remote_code: run the tokenizer's own Python code.
+            max_out_len: tokens of an answer at most.
+            chat_options: variables of the chat template.
             **settings: what ``stock.load`` takes.
 
         Raises:
@@ -51,18 +64,23 @@ class CheckedRuler(BaseDataset):
         is_fwe = "Fwe" in stock.__name__
         needs_haystack = _check_files(settings)
         limit = settings["max_seq_length"]
-        reserved = _setting(stock, settings, "tokens_to_generate")
-        if limit < (SHORTEST_FWE if is_fwe else reserved + 1):
-            raise ValueError(_too_short(limit, SHORTEST_FWE if is_fwe else reserved + 1))
+        room = max(max_out_len, _setting(stock, settings, "tokens_to_generate"))
+        shortest = max(SHORTEST_FWE, room + 1) if is_fwe else room + 1
+        if limit < shortest:
+            raise ValueError(_too_short(limit, shortest))
         tokenizer = AutoTokenizer.from_pretrained(
             settings["tokenizer_model"], trust_remote_code=trust_remote_code
         )
-        guard = _Guard(tokenizer.encode, limit, 0 if is_fwe else reserved, is_strict=is_fwe)
+
+        def encode(text: str) -> list[int]:
+            return tokenize(tokenizer, render(tokenizer, text, chat_options))
+
+        guard = _Guard(encode, limit, room, is_strict=is_fwe)
         module = sys.modules[stock.__module__]
         real = module.AutoTokenizer
         module.AutoTokenizer = SimpleNamespace(from_pretrained=lambda *_, **__: guard)
         try:
-            rows = stock.load(**settings)
+            rows = stock.load(**_with_room(settings, room, is_fwe=is_fwe))
         finally:
             module.AutoTokenizer = real
         if guard.is_stuck:
@@ -118,6 +136,15 @@ def _too_short(limit: int, needed: int) -> str:
 
 def _setting(stock: Any, settings: Mapping[str, Any], name: str) -> int:
     return settings.get(name, inspect.signature(stock.load).parameters[name].default)
+
+
+def _with_room(settings: Mapping[str, Any], room: int, *, is_fwe: bool) -> dict[str, Any]:
+    """The settings with which the generator leaves room for the answer."""
+    changed = {**settings, "tokens_to_generate": room}
+    if is_fwe:  # its search takes the answer for nothing; as many different words as without room
+        length = settings["max_seq_length"]
+        changed |= {"max_seq_length": length - room, "vocab_size": length // FWE_WORDS}
+    return changed
 
 
 def _check_files(settings: Mapping[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -12,6 +12,7 @@ import pandas as pd
 import yaml
 from matplotlib.figure import Figure
 
+from experiments.notes import describe_truncation
 from experiments.report import coverage_views, figures, tables, time_figures
 from experiments.report.missing import missing_table, nothing_yet
 from experiments.report.published import compared_scores, compared_times
@@ -23,7 +24,7 @@ from experiments.report.times import (
     load_note,
     timing_table,
 )
-from experiments.table import reading_notes
+from experiments.table import Row, reading_notes
 
 # What a run's environment may differ in without being another environment.
 VARYING = ("time", "resumed_from", "earlier")
@@ -143,8 +144,7 @@ def _overview(results: Results) -> Iterator[Block]:
 
 def _answers(group: Group) -> Iterator[Block]:
     yield Table(tables.score_table(group), caption=_measured_on(group))
-    for note in reading_notes(group.rows):
-        yield Text(f"{note}.")
+    yield from _based_on(group.rows)
     yield from _drawn(figures.draw_pareto, group, "accuracy against density and prefill time")
     yield from _drawn(figures.draw_differences, group, "paired differences to dense attention")
     if any(row.get("coverage") is not None for row in group.rows):
@@ -159,6 +159,7 @@ def _answers(group: Group) -> Iterator[Block]:
 
 def _coverage(group: Group) -> Iterator[Block]:
     yield Table(tables.score_table(group), caption=_measured_on(group))
+    yield from _based_on(group.rows)
     for number, png in enumerate(coverage_views.drawn_together(group), start=1):
         alt = f"{group.title}: coverage against density of all runs"
         yield Photo(png, _file_name(f"{group.title} curves {number}"), alt)
@@ -177,11 +178,21 @@ def _times(times: Times) -> Iterator[Block]:
     yield Table(timing_table(times), caption=caption)
     if note := load_note(times):
         yield Text(note)
+    truncated = describe_truncation({"cells": times.records})
+    if truncated is not None:
+        yield Text(f"Truncated: {truncated}.")
     yield from _drawn(time_figures.draw_breakdown, times, "stages of each method")
     yield from _drawn(time_figures.draw_speed_up, times, "speed-up against length")
     yield from _drawn(time_figures.draw_floor, times, "measured time over the floor")
     points = break_even_table(times)
     yield Text(points) if isinstance(points, str) else Table(points, caption="Break-even lengths.")
+
+
+def _based_on(rows: Sequence[Row]) -> Iterator[Block]:
+    """What is compared with what, samples of coverage, truncated prompts."""
+    notes = reading_notes(rows)
+    if notes:
+        yield Text(". ".join(note[0].upper() + note[1:] for note in notes) + ".")
 
 
 def _published(results: Results) -> Iterator[Block]:

@@ -139,14 +139,14 @@ class AttentionBench(Bench):
         capture = self._capturer(context) if self.structure == "model" else None
         shapes = self.shapes or [DEFAULT_SHAPE]
         if capture is not None:
-            shapes = [self._shape_of(capture(self.lengths[0]))]
+            shapes = [self._shape_of(capture(self.lengths[0])[0])]
         grid = self.grid(shapes)
         context.announce(len(grid))
         for shape, length, density in grid:
             name = f"{shape}-N{length}-{'own' if density is None else f'{density:.4f}'}"
             if name in context.done:
                 continue
-            inputs = None if capture is None else capture(length)
+            inputs, is_truncated = (None, False) if capture is None else capture(length)
             if inputs is not None:
                 length = inputs[0].shape[2]
             cell = self._cell(shape, length, density, dtype, device, context.cfg.seed)
@@ -164,6 +164,8 @@ class AttentionBench(Bench):
             seen = (str(cell),) if inputs is None else inputs
             record["input_digest"] = input_digest(*seen)
             record["rates"] = rates.name
+            if capture is not None:
+                record |= {"num_prompts": 1, "num_truncated": int(is_truncated)}
             record["seconds"] = time.perf_counter() - started
             context.add({"sample_id": name, **record})
         self.failures = failures_of(RunStore(context.folder).samples())
@@ -189,8 +191,8 @@ class AttentionBench(Bench):
         heads = Shape.parse(shape, element_size=dtype.itemsize)
         return Cell(heads, length, dtype, device, self.structure, density, seed, self.sharpness)
 
-    def _capturer(self, context: Context) -> Callable[[int], Inputs]:
-        """What takes q, k and v of a length from the run's model."""
+    def _capturer(self, context: Context) -> Callable[[int], tuple[Inputs, bool]]:
+        """What takes q, k and v of a length from the run's model, and says if its text was cut."""
         from experiments.captured_inputs import capture_inputs
         from experiments.coverage.texts import make_prompts
         from experiments.models import load_model, resolve_device
@@ -200,11 +202,11 @@ class AttentionBench(Bench):
         dtype = _dtype(self.dtype, device.type)
         seed = context.cfg.seed
 
-        def capture(length: int) -> Inputs:
+        def capture(length: int) -> tuple[Inputs, bool]:
             (prompt,) = make_prompts(self.text, model, lengths=[length], num_prompts=1, seed=seed)
             inputs = capture_inputs(model.model, prompt.ids, layer=self.layer)
             q, k, v = (x.to(device=device, dtype=dtype) for x in inputs)
-            return q, k, v
+            return (q, k, v), prompt.is_truncated
 
         return capture
 

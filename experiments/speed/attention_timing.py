@@ -276,6 +276,7 @@ def _describe_plan(
             q, k, plan, scale=cell.scale, heads=heads, rows=rows, chunk_rows=16
         )
         found["coverage"] = float(coverage.mean())
+        found |= {"coverage_heads": list(heads), "coverage_rows": len(rows)}
     return found
 
 

@@ -32,6 +32,7 @@ def summarise_times(records: Sequence[Record]) -> dict[str, Any]:
     total = {
         "num_samples": len(records),
         "num_failed": len(cells) - len(timed),
+        "num_truncated": sum(record.get("num_truncated", 0) for record in records),
         "density": _mean(cell.get("density") for cell in timed),
         "coverage": _mean(cell.get("coverage") for cell in timed),
     }

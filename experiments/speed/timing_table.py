@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.load import load_warning
+from experiments.notes import listed
 from experiments.published import TABLE7, PublishedRow
 from experiments.speed.timing_report import has_published_times, marks_of, shape_of
 from experiments.store import Record, RunStore, write_atomically
@@ -43,6 +44,7 @@ def timing_numbers(results: Mapping[str, Any]) -> Row:
     kept += ("median_ms", "wall_ms", "wall_p20_ms", "wall_p80_ms", "is_warm", "load")
     row |= {key: cell.get(key) for key in kept}
     row |= {
+        "coverage_basis": _coverage_basis(cell),
         "timed_length": cell["length"],
         "shape": shape_of(cell),
         "target_density": cell.get("target_density"),
@@ -60,6 +62,14 @@ def timing_numbers(results: Mapping[str, Any]) -> Row:
         "has_break_even": bool(results["break_even"]),
     }
     return row
+
+
+def _coverage_basis(cell: Mapping[str, Any]) -> str | None:
+    """On what a cell's coverage was measured."""
+    if not cell.get("coverage_rows"):
+        return None
+    heads = listed(cell["coverage_heads"])
+    return f"the first inputs of each cell, heads {heads}, {cell['coverage_rows']} queries of each"
 
 
 def _failures(cells: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -98,7 +98,7 @@ class TtftBench(Bench):
             if f"N{length}" in context.done:
                 continue
             started = time.perf_counter()
-            prompts = self._prompts(model, length, cfg.seed)
+            prompts, facts = self._prompts(model, length, cfg.seed)
             record = measure_prefill(
                 model.model,
                 prompts,
@@ -111,7 +111,8 @@ class TtftBench(Bench):
             record["input_digest"] = input_digest(*prompts)
             record["rates"] = rates.name
             record["seconds"] = time.perf_counter() - started
-            context.add({"sample_id": f"N{length}", "weights": cfg.model.weights, **record})
+            name = {"sample_id": f"N{length}", "weights": cfg.model.weights}
+            context.add({**name, **record, **facts})
         self.failures = failures_of(RunStore(context.folder).samples())
 
     def rounds(self, *, is_shared: bool) -> tuple[int, int]:
@@ -130,22 +131,31 @@ class TtftBench(Bench):
             logger.info("%s", line)
         return draw_speed_up(records, context.folder / "speed_up.png")
 
-    def _prompts(self, model: LoadedModel, length: int, seed: int) -> list[Tensor]:
-        """Token ids ``[1, length]``."""
+    def _prompts(
+        self, model: LoadedModel, length: int, seed: int
+    ) -> tuple[list[Tensor], dict[str, int]]:
+        """Token ids ``[1, length]``, and how many of the texts were cut or repeated for that."""
         from experiments.random_weights import random_ids
 
         if self.texts is None:
             vocab = model.model.config.get_text_config().vocab_size
-            return [
+            prompts = [
                 random_ids(vocab, length, device=model.device, seed=seed + number)
                 for number in range(self.num_texts)
             ]
+            return prompts, {"num_prompts": len(prompts), "num_truncated": 0, "num_repeated": 0}
         if model.tokenizer is None:
             raise ConfigError("bench.texts needs a tokenizer; this model comes without one")
-        return [
-            fit_to_length(model.tokenizer(text)["input_ids"], length).to(model.device)
+        texts = [
+            model.tokenizer(text)["input_ids"]
             for text in read_texts(Path(self.texts), self.num_texts)
         ]
+        facts = {
+            "num_prompts": len(texts),
+            "num_truncated": sum(len(ids) > length for ids in texts),
+            "num_repeated": sum(len(ids) < length for ids in texts),
+        }
+        return [fit_to_length(ids, length).to(model.device) for ids in texts], facts
 
 
 def read_texts(path: Path, count: int, *, setting: str = "bench.texts") -> list[str]:

@@ -1,11 +1,19 @@
 """The command line as a user meets it."""
 
+import os
 import subprocess
 import sys
 import time
 
 import pandas as pd
 import pytest
+
+from experiments.cli import flags_first
+from experiments.config import ROOT
+from experiments.report.content import make_sections
+from experiments.report.page import write_markdown
+from experiments.report.runs import read_results
+from experiments.results import load
 
 FAST = ("debug=fast", "check=false", "paths.outputs=out")
 
@@ -114,3 +122,109 @@ def test_experiments_start_their_sweep_by_themselves(command):
     )
     assert status == 0
     assert "pbs threshold=0.5" in printed
+
+
+def test_a_table_says_on_what_its_coverage_was_measured(command, tmp_path):
+    words = ("bench.depths=[0.0,1.0]", "bench.coverage_every=2", "bench.coverage_rows=16")
+    status, printed = command("-m", *FAST, *words, "method=flash,pbs")
+    assert status == 0
+    basis = "coverage: 2 of 4 samples, layers 0, 1, all heads, at most 16 queries of each"
+    assert basis in " ".join(printed.split())
+    assert basis in (tmp_path / "out/needle/tiny/summary.md").read_text()
+    results = read_results(tmp_path / "out")
+    write_markdown(make_sections(results), tmp_path / "report.md")
+    assert basis[1:] in (tmp_path / "report.md").read_text()
+    assert set(load(tmp_path / "out")["num_coverage_samples"]) == {1}
+
+
+FLAGS = {
+    "--multirun": ["--multirun"],
+    "-m": ["--multirun"],
+    "--cfg job": ["--cfg=job"],
+    "-c hydra --resolve": ["--cfg=hydra", "--resolve"],
+    "--cfg=job -p bench": ["--cfg=job", "--package=bench"],
+    "--config-dir DIR": ["--config-dir=DIR"],
+    "-cd DIR --config-name other": ["--config-name=other", "--config-dir=DIR"],
+    "--config-path=DIR": ["--config-path=DIR"],
+    "--experimental-rerun FILE": ["--experimental-rerun=FILE"],
+    "--info": ["--info=all"],
+    "-i defaults": ["--info=defaults"],
+    "--hydra-help": ["--hydra-help"],
+    "-r": ["--run"],
+    "-sc": ["--shell-completion"],
+}
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("flags", FLAGS)
+def test_flags_may_stand_between_settings(flags, place):
+    settings = ["method=pbs", "~logger"] if place < 2 else ["method=pbs", "+x.y=[1, 2]"]
+    words = [*settings[:place], *flags.split(), *settings[place:]]
+    if flags.endswith("--info") and place == 1:
+        words = ["~logger", "--info", "method=pbs"]
+        settings = ["~logger", "method=pbs"]
+    assert flags_first(words) == [*FLAGS[flags], *settings]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method=pbs", "--foo", "bench=needle"], "unrecognized arguments: --foo"),
+        (["method=pbs", "--cfg", "jobs"], "choose from"),
+        (["method=pbs", "--config-dir"], "--config-dir/-cd: expected one argument"),
+        (["--config-dir", "/no/where", "method=pbs"], "'/no/where' not found"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_wrong_flags_are_explained(command, words, message):
+    status, printed = command(*words)
+    assert status == 1
+    assert message in printed
+    assert "usage:" not in printed
+
+
+def test_hydra_shows_the_configuration_from_anywhere(command, tmp_path):
+    (tmp_path / "own" / "bench").mkdir(parents=True)
+    (tmp_path / "own" / "bench" / "mine.yaml").write_text("defaults: [needle]\nlengths: [640]\n")
+    words = ["method=pbs", "--config-dir", str(tmp_path / "own"), "bench=mine"]
+    status, printed = command(*words, "--cfg", "job", "seed=7", "-p", "bench", "check=false")
+    assert status == 0
+    assert "# @package bench" in printed
+    assert "- 640" in printed
+
+
+def test_a_key_that_a_file_sets_and_the_bench_lacks_is_named(command):
+    status, printed = command("experiment=matched_coverage", "bench=longbench", "match.target=0.9")
+    assert status == 1
+    expected = "experiment/matched_coverage.yaml: unknown key of 'bench' (longbench): 'lengths'"
+    assert expected in printed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-m", *FAST, "method=flash,pbs", "hydra/launcher=submitit_slurm"),
+        (*FAST, "bench=longbench", f"bench.data_dir={ROOT}/tests/data/longbench", "runner=slurm"),
+    ],
+    ids=["launcher", "runner"],
+)
+def test_what_needs_slurm_says_so_where_there_is_none(command, monkeypatch, words):
+    monkeypatch.setenv("PATH", os.path.dirname(sys.executable))
+    status, printed = command(*words)
+    assert status == 1
+    printed = " ".join(printed.split())
+    assert "slurm needs Slurm, whose srun is not on this machine's PATH" in printed
+    assert "internal error" not in printed
+
+
+def test_what_slurm_says_is_passed_on(command, monkeypatch, tmp_path):
+    for name, code in (("srun", 0), ("sbatch", 1)):
+        tool = tmp_path / "bin" / name
+        tool.parent.mkdir(exist_ok=True)
+        tool.write_text(f"#!/bin/sh\necho 'invalid partition specified: gpus' >&2\nexit {code}\n")
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    status, printed = command("-m", *FAST, "method=flash,pbs", "hydra/launcher=submitit_slurm")
+    assert status == 1
+    assert "invalid partition specified: gpus" in printed
+    assert "internal error" not in printed

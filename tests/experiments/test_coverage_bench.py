@@ -13,10 +13,12 @@ from experiments.coverage.bench import CoverageBench
 from experiments.coverage.measure import measure_coverage
 from experiments.coverage.texts import make_prompts
 from experiments.models import load_model
+from experiments.notes import notes_of
 from experiments.pictures import capture_calls
 from experiments.results import load
 from experiments.runner import run_cell
 from experiments.store import RunStore
+from experiments.table import make_rows
 from pbs import build_method
 from tests.experiments.conftest import without_times
 
@@ -75,6 +77,28 @@ def test_layers_heads_and_rows_are_chosen(measure):
     assert all(record["heads"] == [3, 0] for record in records)
     assert all(len(point["density"]) == 2 for point in records[0]["points"])
     assert len(records[0]["points"]) == 1
+
+
+def test_a_run_says_what_it_measured_on(measure, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    texts = ["The baker sang at night. " * number for number in (200, 300)]
+    path.write_text("\n".join(json.dumps({"context": text}) for text in texts))
+    store = measure(
+        "method=pbs", f"bench.text={path}", "bench.num_prompts=2", "bench.heads=[0,3]",
+        "bench.num_rows=64", "bench.num_values=0",
+    )  # fmt: skip
+    (row,) = make_rows([store.folder])
+    assert notes_of([row]) == [
+        "coverage: 4 of 4 samples (2 prompts), layers 0, 1, heads 0, 3, at most 64 queries of each",
+        "truncated: 2 of 2 prompts (512: 2 of 2), of whose text a part is missing",
+    ]
+
+
+def test_a_limit_is_of_each_length(measure):
+    store = measure(
+        "bench.lengths=[512,600]", "bench.limit=1", "bench.num_prompts=2", "bench.layers=[0]"
+    )
+    assert [record["length"] for record in store.samples()] == [512, 600]
 
 
 def test_results_have_a_row_per_length_layer_and_value(measure, tmp_path):
@@ -177,6 +201,7 @@ def test_plain_text_is_cut_into_pieces_that_begin_like_a_prompt(tiny, tmp_path):
     assert [prompt.name for prompt in prompts] == ["book-100-0", "book-100-1", "book-100-2"]
     ids = torch.cat([prompt.ids for prompt in prompts])
     assert ids.shape == (3, 100)
+    assert not any(prompt.is_truncated for prompt in prompts)
     assert ids[:, : len(start)].tolist() == [start] * 3
     whole = tiny.tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]
     assert ids[:, len(start) :].flatten().tolist() == whole[: 3 * (100 - len(start))]
@@ -191,6 +216,7 @@ def test_texts_of_a_json_file_give_a_prompt_each(tiny, tmp_path):
     prompts = make_prompts(str(path), tiny, lengths=[64], num_prompts=2, seed=0)
     assert {prompt.ids.shape for prompt in prompts} == {(1, 64)}
     assert not torch.equal(prompts[0].ids, prompts[1].ids)
+    assert all(prompt.is_truncated for prompt in prompts)
     path.write_text("{}")
     with pytest.raises(ConfigError, match=r"bench\.text="):
         make_prompts(str(path), tiny, lengths=[64], num_prompts=1, seed=0)

@@ -8,7 +8,9 @@ from experiments import matched
 from experiments.config import ConfigError, MatchConfig, RunConfig
 from experiments.matched import Trial, _conclude, search
 from experiments.needle import HELD_OUT_INDEX, NeedleBench
+from experiments.notes import notes_of
 from experiments.results import load
+from experiments.table import make_rows
 from pbs.methods import METHODS, Knob, build_method
 from pbs.testing import make_qkv
 
@@ -235,6 +237,8 @@ def test_coverage_is_matched_as_the_bench_measures_it(run):
     match = store.metrics()["match"]
     assert match["is_met"]
     assert abs(match["held_out"] - 0.97) <= 0.005
+    (row,) = make_rows([store.folder])
+    assert notes_of([row])[-1] == "held-out: 5 prompts that are not measured"
     assert match["measured"] == store.metrics()["results"]["total"]["coverage"]
     calibration = json.loads((store.folder / "calibration.json").read_text())
     assert all("-768-" in name for name in calibration["prompts"])

@@ -1,11 +1,13 @@
 """The needle bench: its grid, its records, its metrics."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from experiments.config import ModelConfig
+from experiments.bench import Context
+from experiments.config import ModelConfig, RunConfig
 from experiments.models import load_model
 from experiments.needle import NeedleBench, answer, decode, encode_sample, measure, prefill
 from experiments.needle_tasks import TASKS, make_sample
@@ -153,3 +155,42 @@ def test_a_summary_has_every_task_length_and_cell():
         ("copy", 1024),
     ]
     assert NeedleBench().summarise(records[::-1])["total"] == summary["total"]
+
+
+def run_covered(tiny, compose_cell, **settings):
+    """Records of a bench of prompts of 300 tokens."""
+    bench = NeedleBench(lengths=[300], coverage_rows=16, **settings)
+    records = []
+    context = Context(
+        cfg=RunConfig.from_hydra(compose_cell("method=pbs")),
+        method=build_method("pbs"),
+        model=tiny,
+        folder=Path(),
+        done=frozenset(),
+        announce=lambda _: None,
+        add=records.append,
+    )
+    bench.run(context)
+    return bench, records
+
+
+def test_coverage_of_a_share_meets_every_depth(tiny, compose_cell):
+    bench, records = run_covered(tiny, compose_cell, coverage_every=5)
+    measured = [record for record in records if "coverage" in record]
+    assert len(records) == 25
+    assert sorted(record["depth"] for record in measured) == [0, 0.25, 0.5, 0.75, 1]
+    assert {record["task"] for record in measured} == set(TASKS)
+    total = bench.summarise(records)["total"]
+    assert total["num_coverage_samples"] == 5
+    assert (total["coverage_layers"], total["coverage_rows"]) == ([0, 1], 16)
+
+
+def test_coverage_is_of_all_samples_by_default(tiny, compose_cell):
+    _, records = run_covered(tiny, compose_cell, tasks=["copy"])
+    assert all("coverage" in record for record in records)
+
+
+def test_held_out_prompts_see_all_pairs_of_task_and_depth(tiny):
+    prompts = NeedleBench().held_out(tiny, lengths=[300], num_prompts=25, seed=0)
+    pairs = {tuple(name.rsplit("-", 3)[:2]) for name, _ in prompts}
+    assert len(pairs) == len(prompts) == 25

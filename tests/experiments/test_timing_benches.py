@@ -12,6 +12,7 @@ from experiments import bench_cpu, bench_gpu
 from experiments.captured_inputs import capture_inputs
 from experiments.config import ConfigError, ModelConfig
 from experiments.models import load_model
+from experiments.notes import notes_of
 from experiments.random_weights import ARCHITECTURES, build_random_model, random_ids
 from experiments.speed import bench_run
 from experiments.speed.attention_bench import AttentionBench
@@ -22,6 +23,7 @@ from experiments.speed.prefill_timing import first_token, measure_prefill
 from experiments.speed.timing import Effort
 from experiments.speed.ttft_bench import TtftBench, fit_to_length, read_texts
 from experiments.store import RunStore
+from experiments.table import make_rows
 from pbs import build_method
 
 CPU = torch.device("cpu")
@@ -254,6 +256,26 @@ def test_texts_are_cut_or_repeated(tmp_path):
     (tmp_path / "c.json").write_text("[{}]")
     with pytest.raises(ConfigError, match="context"):
         read_texts(tmp_path / "c.json", 1)
+
+
+def test_a_ttft_run_says_which_texts_were_cut(run, tmp_path):
+    path = tmp_path / "texts.json"
+    texts = [{"context": "The baker sang at night. " * number} for number in (20, 80)]
+    path.write_text(json.dumps(texts))
+    words = (f"bench.texts={path}", "bench.lengths=[300,600]", *FAST_TIMING)
+    store = run("method=pbs", "bench=ttft", *words)
+    facts = [(r["num_truncated"], r["num_repeated"]) for r in store.samples()]
+    assert facts == [(1, 1), (0, 2)]
+    (row,) = make_rows([store.folder])
+    note = "truncated: 1 of 4 prompts (prefill 300: 1 of 2), of whose text a part is missing"
+    assert notes_of([row]) == [note]
+
+
+def test_an_attention_run_says_on_what_its_coverage_was_measured(run):
+    store = run("method=pbs", *OPS, "bench.lengths=[300]", "bench.coverage_rows=16")
+    (row,) = make_rows([store.folder])
+    expected = "coverage: the first inputs of each cell, heads 0, 1, 16 queries of each"
+    assert notes_of([row]) == [expected]
 
 
 def test_wrong_settings_of_the_ttft_bench_are_explained():

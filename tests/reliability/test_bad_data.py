@@ -323,7 +323,7 @@ SQUAD = {
 # ever for most of these.
 RULER = (
     ("vt", 1, 1, None, None, "bench.lengths has 1, but"),
-    ("vt", 200, 1, None, None, "the shortest prompt of this task takes 371 tokens"),
+    ("vt", 200, 1, None, None, "the shortest prompt of this task takes 373 tokens"),
     ("fwe", 16, 1, None, None, "choose a longer length"),
     ("cwe", 130, 1, None, None, "choose a longer length"),
     ("cwe", 512, 1, None, None, "choose a longer length"),

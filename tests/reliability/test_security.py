@@ -106,6 +106,8 @@ def test_rulers_data_run_no_code_of_the_tokenizer(run, tmp_path, sentinel):
     rows = CheckedRuler.load(
         "opencompass.datasets.ruler.ruler_vt.RulerVtDataset",
         trust_remote_code=False,
+        max_out_len=128,
+        chat_options={},
         template=template,
         **settings,
     )

@@ -11,8 +11,12 @@ import pytest
 
 from experiments import results
 from experiments.compare import find_dense
+from experiments.leaderboard import make_leaderboard
 from experiments.opencompass import harness
 from experiments.opencompass.report import format_scores, tabulate_scores
+from experiments.report.content import make_sections
+from experiments.report.page import write_markdown
+from experiments.report.runs import read_results
 from experiments.store import RunStore
 from tests.experiments.conftest import without_times
 from tests.experiments.opencompass.conftest import LONGBENCH, LONGBENCH_V2, QUIET
@@ -286,3 +290,28 @@ def test_all_benches_compose_with_every_model(compose_bench):
     assert cfg.bench["max_seq_len"] == 131072
     assert find_dense(cfg) is None
     assert isinstance(RunStore(cfg.folder).metrics(), dict)
+
+
+def test_truncated_prompts_are_said_wherever_results_stand(command, tmp_path, caplog):
+    words = ["bench=longbench", f"bench.data_dir={LONGBENCH}", "bench.tasks=[trec,gov_report]",
+             "bench.limit=2", "bench.max_out_len=2", "bench.max_seq_len=150", "method=flash",
+             "model.path=experiments/tiny", "model.name=llama31_8b"]  # fmt: skip
+    status, printed = command(*command_of(tmp_path, *words))
+    assert status == 0
+    group = tmp_path / "outputs" / "longbench" / "llama31_8b"
+    (folder,) = group.glob("flash/*")
+    cut = [cell["num_truncated"] for cell in RunStore(folder).metrics()["results"]["cells"]]
+    assert sum(cut) > 0
+    named = [f"{task}: {n} of 2" for task, n in zip(("trec", "gov_report"), cut, strict=True) if n]
+    note = f"truncated: {sum(cut)} of 4 prompts ({', '.join(named)}), of whose text a part"
+    assert note in caplog.text  # the warning at the end of the run
+    assert " ".join(printed.split()).count(note) >= 2  # and under the table
+    assert note in (folder / "run.log").read_text()
+    for name in ("summary.md", "scores.md"):
+        assert note in (group / name).read_text(), name
+    assert f"partial; {sum(cut)} of 4 prompts truncated" in (group / "published.md").read_text()
+    results_ = read_results(tmp_path / "outputs")
+    write_markdown(make_sections(results_), tmp_path / "report.md")
+    assert note[1:] in (tmp_path / "report.md").read_text()
+    assert make_leaderboard(results_)[0]["num_truncated"].tolist() == [sum(cut)]
+    assert results.load(tmp_path / "outputs")["num_truncated"].tolist() == cut
