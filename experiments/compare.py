@@ -84,10 +84,10 @@ def _compare_scores(
     from experiments.statistics import compare_paired_scores
 
     bench = BENCHES.load(cfg.bench["name"])(**parameters(cfg.bench))
-    ours, theirs = bench.paired_scores(records, dense_records)
+    ours, theirs, weights = bench.paired_scores(records, dense_records)
     if not ours:
         return None
-    comparison = compare_paired_scores(ours, theirs, partial=True)
+    comparison = compare_paired_scores(ours, theirs, weights=weights, partial=True)
     num_alone = len({record["sample_id"] for record in records} ^ {
         record["sample_id"] for record in dense_records
     })  # fmt: skip

@@ -129,7 +129,7 @@ def _notes(group: Path, rows: Sequence[Row], pictures: Iterable[Path]) -> list[s
             row.get("score") is not None and row.get("accuracy") is None for row in rows
         )
         intervals = (
-            "difference of the overall scores 95 % interval (paired bootstrap over samples)"
+            "difference of the overall scores 95 % interval (paired, Student with two added pairs)"
             if has_scores
             else "accuracy and difference 95 % intervals (Wilson; paired, Newcombe)"
         )
