@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,8 @@ from scipy.stats import t as student
 
 # Random sign patterns of the sign-flip test: p-values are multiples of about 1e-4.
 NUM_RESAMPLES = 9999
+# Fewer measurements than this have no 20th percentile: even the lowest of four lies above it.
+FEWEST_FOR_PERCENTILES = 5
 # How many sample ids an error message names.
 NUM_NAMED = 5
 
@@ -82,11 +84,14 @@ class PairedScores:
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Median, 20th and 80th percentile of repeated measurements, in their unit."""
+    """Median, 20th and 80th percentile of repeated measurements, in their unit.
+
+    The percentiles are None for fewer than ``FEWEST_FOR_PERCENTILES`` measurements.
+    """
 
     median: float
-    p20: float
-    p80: float
+    p20: float | None
+    p80: float | None
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> Interval:
@@ -314,8 +319,27 @@ def quantiles(samples: Sequence[float]) -> Quantiles:
         ValueError: no samples, or one that is not finite.
     """
     values = _finite(samples, "measurement")
-    median, p20, p80 = np.quantile(values, [0.5, 0.2, 0.8])
-    return Quantiles(float(median), float(p20), float(p80))
+    median, p20, p80 = map(float, np.quantile(values, [0.5, 0.2, 0.8]))
+    if len(values) < FEWEST_FOR_PERCENTILES:
+        return Quantiles(median, None, None)
+    return Quantiles(median, p20, p80)
+
+
+def format_spread(
+    text: Callable[[float], str], median: float, low: float | None, high: float | None, num: int
+) -> str:
+    """A median with its percentiles, "6.07 [6.01, 6.20]", or "6.07 (n = 2)" if ``num`` is too few.
+
+    Args:
+        text: how a measurement is written.
+        median: of the measurements.
+        low: their 20th percentile.
+        high: their 80th percentile.
+        num: how many there are.
+    """
+    if num < FEWEST_FOR_PERCENTILES or low is None or high is None:
+        return f"{text(median)} (n = {num})"
+    return f"{text(median)} [{text(low)}, {text(high)}]"
 
 
 def _common_ids(

@@ -15,6 +15,7 @@ from experiments.bench import BENCHES
 from experiments.compare import compare_with_dense, config_of, dense_command, find_dense
 from experiments.config import DENSE, RunConfig
 from experiments.speed.timing_table import timing_columns, timing_numbers
+from experiments.statistics import format_spread
 from experiments.store import RunStore, write_atomically
 
 Row = dict[str, Any]
@@ -62,7 +63,7 @@ def _row(folder: Path, cfg: RunConfig) -> Row:
         *("density", "coverage"),
     )
     row |= {key: results["total"].get(key) for key in totals}
-    row |= {"timed_length": length}
+    row |= {"timed_length": length, "num_timed": timed.get("num_samples")}
     row |= {key: timed.get(key) for key in ("prefill_seconds", "prefill_p20", "prefill_p80")}
     if not _is_compared(row):
         return row
@@ -192,10 +193,8 @@ def _difference(row: Row) -> str:
 def _time(row: Row) -> str:
     if row.get("prefill_seconds") is None:
         return ""
-    median, low, high = (
-        f"{1000 * row[key]:.0f}" for key in ("prefill_seconds", "prefill_p20", "prefill_p80")
-    )
-    return f"{median} [{low}, {high}]"
+    times = (row[key] for key in ("prefill_seconds", "prefill_p20", "prefill_p80"))
+    return format_spread(lambda time: f"{1000 * time:.0f}", *times, row["num_timed"])
 
 
 def _speed_up(row: Row) -> str:

@@ -129,8 +129,9 @@ def _overview(results: Results) -> Iterator[Block]:
     yield Text(
         "Density: computed tiles over the tiles of dense causal attention. Coverage: share of "
         "dense attention's probability on what is computed. Brackets: 95 % intervals (accuracy: "
-        "Wilson; difference: paired on the same samples), times: 20th to 80th percentile. Numbers "
-        "in the pictures are the rows of the table above them."
+        "Wilson; difference: paired on the same samples), times: 20th to 80th percentile, or how "
+        "many times there are (n) where these are too few. Numbers in the pictures are the rows of "
+        "the table above them."
     )
 
 
@@ -162,7 +163,8 @@ def _coverage(group: Group) -> Iterator[Block]:
 
 def _times(times: Times) -> Iterator[Block]:
     yield Table(
-        timing_table(times), caption=f"Medians with 20th and 80th percentile, {times.device}."
+        timing_table(times),
+        caption=f"Medians with 20th and 80th percentile (n: too few times), {times.device}.",
     )
     yield from _drawn(time_figures.draw_breakdown, times, "stages of each method")
     yield from _drawn(time_figures.draw_speed_up, times, "speed-up against length")

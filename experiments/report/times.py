@@ -12,6 +12,7 @@ import pandas as pd
 from experiments.config import ROOT
 from experiments.report.runs import Group, Results
 from experiments.speed.timing_report import STAGES, break_evens, shape_of, table_rows
+from experiments.statistics import format_spread
 from experiments.store import Record
 
 COMMITTED = ROOT / "experiments" / "results"
@@ -102,14 +103,14 @@ def times_frame(times: Times) -> pd.DataFrame:
 
 
 def timing_table(times: Times) -> pd.DataFrame:
-    """Times in ms, formatted: median [p20, p80], how it compares, and what it did."""
+    """Times in ms, formatted: median [p20, p80] or (n = 2), how it compares, and what it did."""
     frame = times_frame(times)
     columns = {
         "tokens": frame["length"].astype(str),
         "heads": frame["shape"].fillna("model"),
         "variant": frame["variant"].where(frame["kind"] != "dense", "dense " + frame["variant"]),
         "ms": [
-            f"{_ms(row.median_ms)} [{_ms(row.p20_ms)}, {_ms(row.p80_ms)}]"
+            format_spread(_ms, row.median_ms, row.p20_ms, row.p80_ms, int(row.num_rounds))
             if pd.notna(row.median_ms)
             else str(row.failure)
             for row in frame.itertuples()
@@ -123,7 +124,7 @@ def timing_table(times: Times) -> pd.DataFrame:
             for stage in STAGES
         },
     }
-    table = pd.DataFrame(columns).drop_duplicates(ignore_index=True)
+    table = pd.DataFrame(columns)
     empty = [name for name in table if not (set(table[name]) - {"", "model"})]
     return table.drop(columns=empty)
 

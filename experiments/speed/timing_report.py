@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.published import TABLE7
+from experiments.statistics import FEWEST_FOR_PERCENTILES
 
 Record = dict[str, Any]
 
@@ -153,6 +154,8 @@ def table_rows(record: Record) -> list[Record]:
             row = {**cell, "kind": kind, "variant": label}
             row |= {key: value for key, value in entry.items() if key not in left_out}
             row["num_rounds"] = len(entry.get("samples_ms", ()))
+            if row["num_rounds"] < FEWEST_FOR_PERCENTILES:
+                row |= {name: None for name in ("p20_ms", "p80_ms") if name in row}
             for key, suffix in nested.items():
                 row |= {f"{name}_{suffix}": v for name, v in entry.get(key, {}).items()}
             row |= {f"speed_up_{name}": v for name, v in entry.get("speed_up", {}).items()}
@@ -262,7 +265,8 @@ def _line(record: Record, row: Record) -> str:
     tflops = row.get("attention_tflops", row.get("tflops"))
     reason = f"  ran dense: {row['dense_reason']}" if row.get("dense_reason") else ""
     return (
-        f"{start} {row['median_ms']:9.3f} {row['p20_ms']:9.3f} {row['p80_ms']:9.3f} "
+        f"{start} {row['median_ms']:9.3f} {_number(row['p20_ms'], 9, 3)} "
+        f"{_number(row['p80_ms'], 9, 3)} "
         f"{_number(row.get('floor_ms'), 8, 3)} {_number(stages['order'], 7, 3)} "
         f"{_number(stages['selection'], 7, 3)} {_number(stages['gather'], 7, 3)} "
         f"{_number(stages['attention'], 8, 3)} {_number(row.get('density'), 6, 3)} "

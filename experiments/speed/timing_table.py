@@ -10,14 +10,16 @@ import pandas as pd
 
 from experiments.published import TABLE7, PublishedRow
 from experiments.speed.timing_report import has_published_times, shape_of
+from experiments.statistics import format_spread
 from experiments.store import Record, RunStore, write_atomically
 
 Row = dict[str, Any]
 
 MIB = 2**20
 NOTE = (
-    "brackets: 20th to 80th percentile; dense: the fastest dense kernel of the same cell, "
-    "interleaved; break-even: length from which on the method is faster than it"
+    "brackets: 20th to 80th percentile; (n = 2): only the median, of too few times for "
+    "percentiles; dense: the fastest dense kernel of the same cell, interleaved; break-even: "
+    "length from which on the method is faster than it"
 )
 
 
@@ -40,6 +42,7 @@ def timing_numbers(results: Mapping[str, Any]) -> Row:
     row |= {key: cell.get(key) for key in kept}
     row |= {
         "timed_length": cell["length"],
+        "num_timed": cell["num_rounds"],
         "shape": shape_of(cell),
         "target_density": cell.get("target_density"),
         "dense": fastest,
@@ -179,10 +182,8 @@ def _time(row: Row) -> str:
     """Three digits: an op takes microseconds, a prefill seconds."""
     if row.get("prefill_seconds") is None:
         return row["status"] if row["status"] != "finished" else "none"
-    median, low, high = (
-        f"{1000 * row[key]:.4g}" for key in ("prefill_seconds", "prefill_p20", "prefill_p80")
-    )
-    return f"{median} [{low}, {high}]"
+    times = (row[key] for key in ("prefill_seconds", "prefill_p20", "prefill_p80"))
+    return format_spread(lambda time: f"{1000 * time:.4g}", *times, row["num_timed"])
 
 
 def _dense(row: Row) -> str:

@@ -10,6 +10,7 @@ from experiments.statistics import (
     Interval,
     compare_paired,
     compare_paired_scores,
+    format_spread,
     mean_difference_interval,
     newcombe_interval,
     quantiles,
@@ -294,6 +295,21 @@ def test_differences_beyond_the_largest_possible_one_are_refused(differences, la
 def test_quantiles_are_those_of_the_samples():
     result = quantiles([5.0, 1.0, 2.0, 4.0, 3.0, 6.0])
     assert (result.p20, result.median, result.p80) == (2.0, 3.5, 5.0)
+
+
+@pytest.mark.parametrize("samples", [[3.0], [1.0, 5.0], [1.0, 3.0, 3.0, 5.0]])
+def test_few_measurements_have_a_median_and_no_percentiles(samples):
+    result = quantiles(samples)
+    assert (result.p20, result.median, result.p80) == (None, 3.0, None)
+
+
+def test_a_spread_says_how_many_if_they_are_too_few():
+    def text(value):
+        return f"{value:.1f}"
+
+    assert format_spread(text, 2.0, 1.0, 3.0, 5) == "2.0 [1.0, 3.0]"
+    assert format_spread(text, 2.0, None, None, 2) == "2.0 (n = 2)"
+    assert format_spread(text, 2.0, 2.0, 2.0, 1) == "2.0 (n = 1)"
 
 
 @pytest.mark.parametrize("samples", [[], [1.0, float("nan")], [float("inf")], [[1.0], [2.0]]])

@@ -140,6 +140,8 @@ def test_one_sample_is_paired_and_its_table_claims_nothing(run_bench):
     assert (paired["num_pairs"], paired["low"], paired["high"]) == (1, -1, 1)
     columns = format_columns(make_rows([store.folder]))
     assert columns["difference to dense, points"][-1] == "-100.0 [-100.0, +100.0]"
+    (times,) = (texts for name, texts in columns.items() if name.startswith("prefill"))
+    assert all(text.endswith(" (n = 1)") for text in times)
 
 
 def test_longbench_v2_by_difficulty_and_length(run_bench):
