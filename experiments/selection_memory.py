@@ -66,6 +66,7 @@ _ORDERED = "the keys in plan order, once per query head"
 CASES = (
     Case("flash", 16, "no selection"),
     Case("streaming", 16, "lists of one head"),
+    Case("random_blocks", 16, "T² ranks of one head at a time"),
     Case("meanpool", 32, _SORT),
     Case("prism", 32, f"{_SORT}, per band"),
     Case("flexprefill", 128, _LAST_QUERIES),

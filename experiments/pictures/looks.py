@@ -37,6 +37,7 @@ LOOKS: dict[str, Look] = {
     "flexprefill": Look("#E69F00", "P", "FlexPrefill"),
     "streaming": Look("#56B4E9", "X", "StreamingLLM"),
     "prism": Look("#999933", "h", "Prism"),
+    "random_blocks": Look("#DDCC77", "d", "random blocks"),
 }
 # PBS by key order, and with one order per key/value head. Without a permutation it is MeanPooling,
 # and in the paper's order the PBS of all other pictures: they have those colours.

@@ -258,6 +258,7 @@ def _sum(*works: Work) -> Work:
 _SELECTION: dict[str, Callable[[_Sizes], Work]] = {
     "flash": _no_selection,
     "streaming": _no_selection,
+    "random_blocks": _no_selection,
     "pbs": _pooled,
     "meanpool": _pooled,
     "pbs_plus": _antidiagonal,
@@ -285,7 +286,8 @@ def attention_memory(
     if method == "flash":
         return sizes
     tiles = -(-num_tokens // block_size)
-    scores = 0.0 if method == "streaming" else block_score_bytes(shape, num_tokens, block_size)
+    has_scores = _SELECTION[method] is not _no_selection
+    scores = block_score_bytes(shape, num_tokens, block_size) if has_scores else 0.0
     if method in ("pbs", "meanpool"):
         scores = min(scores, POOLED_SCORE_BYTES)  # the rows are scored and listed in parts
     if scores:

@@ -21,6 +21,7 @@ COUNTED = {
     "Prism": "prism",
     "MInference": "minference",
     "StreamingLLM": "streaming",
+    "RandomBlocks": "random_blocks",
 }
 
 

@@ -17,5 +17,6 @@ METHODS = Registry(
         "prism": "baselines.prism:Prism",
         "minference": "baselines.minference:MInference",
         "streaming": "baselines.streaming:StreamingLLM",
+        "random_blocks": "baselines.random_blocks:RandomBlocks",
     },
 )

@@ -105,6 +105,7 @@ CASES = {
         {"block_size": 32, "n_init": 20, "n_local": 70, "num_last_full": 20},
         {"n_local": 1 << 20},
     ),
+    "random_blocks": ("random_blocks", {"block_size": 32, "density": 0.5}, {"density": 1.0}),
     "pbs-none": (
         "pbs",
         {"block_size": 32, "segment_size": 32, "threshold": 0.5, "order": "none"},

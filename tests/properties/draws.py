@@ -240,12 +240,20 @@ PARAMETERS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     ),
     "minference": _minference(),
     "streaming": _streaming(),
+    "random_blocks": st.fixed_dictionaries(
+        {
+            "block_size": BLOCK_SIZES,
+            "density": thresholds(),
+            "force_select_first_block": st.booleans(),
+            "seed": st.integers(0, 2**33),
+        }
+    ),
 }
 
 
 def is_densest(case: Case) -> bool:
     """Whether the parameters ask for everything."""
-    for name in ("threshold", "gamma"):
+    for name in ("threshold", "gamma", "density"):
         value = case.params.get(name)
         if value is not None:
             return all(v >= 1 for v in value) if isinstance(value, list) else value >= 1
