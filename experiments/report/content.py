@@ -146,7 +146,7 @@ def _answers(group: Group) -> Iterator[Block]:
         yield Text(wins)
         return
     yield Table(wins, caption="Which sparse run is best how often; ties go to the lower density.")
-    yield Table(tables.winners(group), caption="Cell by cell.")
+    yield Table(tables.winners(group), caption="Cell by cell; a lead of few samples is no proof.")
 
 
 def _coverage(group: Group) -> Iterator[Block]:

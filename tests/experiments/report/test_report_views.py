@@ -73,7 +73,13 @@ def with_cells(group: Group, cells: dict[str, list[dict]]) -> Group:
 
 
 def cell(task, accuracy, density):
-    return {"task": task, "length": 512, "accuracy": accuracy, "density": density}
+    return {
+        "task": task,
+        "length": 512,
+        "accuracy": accuracy,
+        "density": density,
+        "num_samples": 20,
+    }
 
 
 def test_the_winner_has_the_highest_accuracy_and_then_the_lowest_density(needle):
@@ -90,6 +96,7 @@ def test_the_winner_has_the_highest_accuracy_and_then_the_lowest_density(needle)
     assert table["best"].to_dict() == {"a": "pbs", "b": "pbs threshold=0.5"}
     assert table.loc["a", ["accuracy, %", "dense", "tied", "ahead"]].tolist() == [80, 100, 1, 30]
     assert table.loc["b", ["tied", "ahead"]].tolist() == [1, 5]
+    assert table["samples"].tolist() == [20, 20]
     assert tables.wins(group)["cells won"].to_dict() == {"pbs": 1, "pbs threshold=0.5": 1}
     only_dense = with_cells(needle, {"flash": [cell("a", 1.0, 1.0)]})
     assert "No sparse method" in tables.winners(only_dense)
