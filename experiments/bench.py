@@ -131,12 +131,13 @@ class Bench(ABC):
         self,
         ours: Sequence[Record],  # noqa: ARG002 - see the subclasses
         dense: Sequence[Record],  # noqa: ARG002
-    ) -> tuple[dict[str, float], dict[str, float]]:
+    ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
         """Scores (0 to 1) by sample id of two runs on the same samples, to be compared in pairs.
 
-        Only benches whose answers are not simply right or wrong have them.
+        The third are the weights of the samples in the overall score. Only benches whose answers
+        are not simply right or wrong have scores.
         """
-        return {}, {}
+        return {}, {}, {}
 
     def held_out(
         self,

@@ -169,11 +169,11 @@ def _compare_scores(cfg: RunConfig, pairs: Pairs) -> dict[str, Any] | None:
     from experiments.statistics import compare_paired_scores
 
     bench = BENCHES.load(cfg.bench["name"])(**parameters(cfg.bench))
-    ours, theirs = bench.paired_scores(pairs.ours, pairs.theirs)
+    ours, theirs, weights = bench.paired_scores(pairs.ours, pairs.theirs)
     if not ours:
         return None
     return {
-        **asdict(compare_paired_scores(ours, theirs, partial=True)),
+        **asdict(compare_paired_scores(ours, theirs, weights=weights, partial=True)),
         "gained": sorted(sample for sample in ours if ours[sample] > theirs[sample]),
         "lost": sorted(sample for sample in ours if ours[sample] < theirs[sample]),
     }

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap, permutation_test
+from scipy.stats import binomtest, permutation_test
+from scipy.stats import t as student
 
-# Resamples of the bootstrap and of the sign-flip test: p-values are multiples of about 1e-4.
+# Random sign patterns of the sign-flip test: p-values are multiples of about 1e-4.
 NUM_RESAMPLES = 9999
+# Fewer measurements than this have no 20th percentile: even the lowest of four lies above it.
+FEWEST_FOR_PERCENTILES = 5
 # How many sample ids an error message names.
 NUM_NAMED = 5
 
@@ -59,11 +62,11 @@ class PairedScores:
 
     Attributes:
         num_pairs: samples that both have.
-        difference: mean score of the method minus mean score of dense, in the scores' unit.
-        low: lower end of the bootstrap interval of the difference.
-        high: upper end. ``low == high`` if all differences are equal (or one pair): such samples
-            say nothing about the spread.
-        p_value: sign-flip permutation test of the mean difference, two-sided; 1 if nothing changed.
+        difference: mean score of the method minus mean score of dense, in [-1, 1].
+        low: lower end of the interval of the difference, at least -1.
+        high: upper end, at most 1; ``low < high`` even if no sample differs.
+        p_value: sign-flip permutation test of the mean difference, two-sided; 1 if nothing changed
+            and for a single pair.
         num_better: samples with a higher score than dense.
         num_worse: samples with a lower score.
         num_unpaired: samples that only one side has (0 unless asked to go on without them).
@@ -81,11 +84,14 @@ class PairedScores:
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Median, 20th and 80th percentile of repeated measurements, in their unit."""
+    """Median, 20th and 80th percentile of repeated measurements, in their unit.
+
+    The percentiles are None for fewer than ``FEWEST_FOR_PERCENTILES`` measurements.
+    """
 
     median: float
-    p20: float
-    p80: float
+    p20: float | None
+    p80: float | None
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> Interval:
@@ -214,45 +220,38 @@ def compare_paired_scores(
     dense: Mapping[str, float],
     confidence: float = 0.95,
     *,
+    weights: Mapping[str, float] | None = None,
     partial: bool = False,
     seed: int = 0,
 ) -> PairedScores:
-    """Compare real-valued scores (F1, ROUGE, edit similarity) sample by sample.
+    """Compare scores between 0 and 1 (F1, ROUGE, edit similarity) sample by sample.
 
     Args:
-        ours: sample id to score, of the method.
+        ours: sample id to score in [0, 1], of the method.
         dense: the same of dense attention.
         confidence: of the interval, in (0, 1).
+        weights: sample id to what the sample counts in the mean, above 0, for every common sample;
+            only their ratios matter. Default: all the same.
         partial: compare the samples that both have and count the others, instead of raising.
-        seed: of the bootstrap and of the test where it samples; equal seeds give equal numbers.
+        seed: of the test where it samples; equal seeds give equal numbers.
 
     Raises:
-        ValueError: no common sample, a score that is not finite, a confidence outside (0, 1), or,
-            unless ``partial``, samples that only one side has.
+        ValueError: no common sample, a score that is not in [0, 1], a missing weight or one that is
+            not above 0, a confidence outside (0, 1), or, unless ``partial``, samples that only one
+            side has.
 
-    Source: percentile bootstrap of the mean difference over samples; the test flips the signs of
+    Source: the interval is that of :func:`mean_difference_interval`; the test flips the signs of
     the differences (all 2^n ways if they are few, else 9999 random ones).
     """
     _check_confidence(confidence)
     ids, num_unpaired = _common_ids(ours, dense, partial)
-    left = _finite([ours[sample] for sample in ids], "score of the method")
-    right = _finite([dense[sample] for sample in ids], "score of dense attention")
-    differences = left - right
-    mean = float(differences.mean())
-    low = high = mean
-    if np.ptp(differences) > 0:
-        limits = bootstrap(
-            (differences,),
-            np.mean,
-            n_resamples=NUM_RESAMPLES,
-            batch=_batch(len(ids)),
-            confidence_level=confidence,
-            method="percentile",
-            rng=np.random.default_rng(seed),
-        ).confidence_interval
-        low, high = float(limits.low), float(limits.high)
+    left = _shares([ours[sample] for sample in ids], "score of the method")
+    right = _shares([dense[sample] for sample in ids], "score of dense attention")
+    factors = _factors(ids, weights)
+    differences = factors * (left - right)
+    interval = mean_difference_interval(differences, confidence, largest=float(factors.max()))
     p_value = 1.0
-    if differences.any():
+    if differences.any() and len(ids) > 1:
         p_value = float(
             permutation_test(
                 (differences,),
@@ -266,14 +265,51 @@ def compare_paired_scores(
         )
     return PairedScores(
         num_pairs=len(ids),
-        difference=mean,
-        low=low,
-        high=high,
+        difference=float(differences.mean()),
+        low=max(interval.low, -1.0),
+        high=min(interval.high, 1.0),
         p_value=p_value,
         num_better=int((differences > 0).sum()),
         num_worse=int((differences < 0).sum()),
         num_unpaired=num_unpaired,
     )
+
+
+def mean_difference_interval(
+    differences: Sequence[float] | np.ndarray, confidence: float = 0.95, *, largest: float = 1.0
+) -> Interval:
+    """Interval of the mean of bounded differences, for any number of them from one on.
+
+    Student's interval of the differences and of two more, one pair that gains and one that loses as
+    much as a pair can. So it keeps a width where no pair differs, about that of the rule of three
+    (+-3 / n of ``largest``); one pair allows everything; and it holds its confidence where few
+    pairs lose much, which the bootstrap and Student's own interval do not. Among many pairs the two
+    do not matter; few differences that are all small get a wider interval than they need.
+
+    Args:
+        differences: of the pairs, each in ``[-largest, largest]``.
+        confidence: in (0, 1).
+        largest: the largest difference that a pair can show, above 0.
+
+    Raises:
+        ValueError: no difference, one that is not finite or beyond ``largest``, or a confidence
+            outside (0, 1).
+
+    Source: Bonett and Price (2012), J. Educ. Behav. Stat. 37:479-488, for two paired proportions
+    (differences of -1, 0 and 1), there with the normal quantile, which is too narrow below n = 10.
+    """
+    _check_confidence(confidence)
+    values = _finite(differences, "difference")
+    if not np.abs(values).max() <= largest:
+        raise ValueError(
+            f"every difference must lie in [-{largest:g}, {largest:g}], got "
+            f"{values[np.abs(values).argmax()]:g}; pass the largest possible one as `largest`"
+        )
+    values = np.append(values, [largest, -largest])
+    quantile = float(student.ppf((1 + confidence) / 2, len(values) - 1))
+    half = quantile * float(values.std(ddof=1)) / math.sqrt(len(values))
+    mean = float(values.mean())
+    return Interval(max(mean - half, -largest), min(mean + half, largest))
 
 
 def quantiles(samples: Sequence[float]) -> Quantiles:
@@ -283,8 +319,27 @@ def quantiles(samples: Sequence[float]) -> Quantiles:
         ValueError: no samples, or one that is not finite.
     """
     values = _finite(samples, "measurement")
-    median, p20, p80 = np.quantile(values, [0.5, 0.2, 0.8])
-    return Quantiles(float(median), float(p20), float(p80))
+    median, p20, p80 = map(float, np.quantile(values, [0.5, 0.2, 0.8]))
+    if len(values) < FEWEST_FOR_PERCENTILES:
+        return Quantiles(median, None, None)
+    return Quantiles(median, p20, p80)
+
+
+def format_spread(
+    text: Callable[[float], str], median: float, low: float | None, high: float | None, num: int
+) -> str:
+    """A median with its percentiles, "6.07 [6.01, 6.20]", or "6.07 (n = 2)" if ``num`` is too few.
+
+    Args:
+        text: how a measurement is written.
+        median: of the measurements.
+        low: their 20th percentile.
+        high: their 80th percentile.
+        num: how many there are.
+    """
+    if num < FEWEST_FOR_PERCENTILES or low is None or high is None:
+        return f"{text(median)} (n = {num})"
+    return f"{text(median)} [{text(low)}, {text(high)}]"
 
 
 def _common_ids(
@@ -322,7 +377,34 @@ def _as_bool(value: object, sample: str) -> bool:
     return bool(value)
 
 
-def _finite(values: Sequence[float], what: str) -> np.ndarray:
+def _shares(values: Sequence[float], what: str) -> np.ndarray:
+    array = _finite(values, what)
+    bad = np.flatnonzero((array < 0) | (array > 1))
+    if bad.size:
+        raise ValueError(
+            f"every {what} must lie in [0, 1], got {array[bad[0]]:g} at index {bad[0]}; divide "
+            "scores by the best possible one"
+        )
+    return array
+
+
+def _factors(ids: Sequence[str], weights: Mapping[str, float] | None) -> np.ndarray:
+    """What each sample counts, 1 on average."""
+    if weights is None:
+        return np.ones(len(ids))
+    missing = [sample for sample in ids if sample not in weights]
+    if missing:
+        raise ValueError(
+            f"expected a weight for each of {len(ids)} samples, missing {len(missing)}: "
+            f"{', '.join(missing[:NUM_NAMED])}"
+        )
+    array = _finite([weights[sample] for sample in ids], "weight")
+    if not array.min() > 0:
+        raise ValueError(f"every weight must be above 0, got {array.min():g}")
+    return array / array.mean()
+
+
+def _finite(values: Sequence[float] | np.ndarray, what: str) -> np.ndarray:
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"expected a list of at least one {what}, got shape {array.shape}")

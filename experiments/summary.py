@@ -87,11 +87,14 @@ def _notes(group: Path, rows: Sequence[Row], pictures: Iterable[Path]) -> list[s
             row.get("score") is not None and row.get("accuracy") is None for row in rows
         )
         intervals = (
-            "difference of the overall scores 95 % interval (paired bootstrap over samples)"
+            "difference of the overall scores 95 % interval (paired, Student with two added pairs)"
             if has_scores
             else "accuracy and difference 95 % intervals (Wilson; paired, Newcombe)"
         )
-        notes.append(f"brackets: {intervals}, time 20th to 80th percentile")
+        notes.append(
+            f"brackets: {intervals}, time 20th to 80th percentile; (n = 2): only the median, of "
+            "too few times for percentiles"
+        )
     notes += reading_notes(rows)
     commands = {row["dense_command"]: None for row in rows if row["dense_command"]}
     notes += [f"no dense run to compare with; make it with: {command}" for command in commands]

@@ -25,6 +25,7 @@ from experiments.dense_times import compare_times
 from experiments.load import load_warning
 from experiments.notes import describe_coverage, describe_truncation, notes_of
 from experiments.speed.timing_table import speed_up_text, timing_columns, timing_numbers
+from experiments.statistics import format_spread
 from experiments.store import RunStore, write_atomically
 
 Row = dict[str, Any]
@@ -91,7 +92,7 @@ def _row(folder: Path, cfg: RunConfig) -> Row:
         *("density", "coverage"),
     )
     row |= {key: results["total"].get(key) for key in totals} | {"load": metrics.get("load")}
-    row |= {"timed_length": length}
+    row |= {"timed_length": length, "num_timed": timed.get("num_samples")}
     times = ("prefill_seconds", "prefill_p20", "prefill_p80", "no_time")
     row |= {key: timed.get(key) for key in times}
     if not _is_compared(row):
@@ -227,10 +228,8 @@ def _unpaired(row: Row) -> str:
 def _time(row: Row) -> str:
     if row.get("prefill_seconds") is None:
         return "–" if row.get("no_time") else ""
-    median, low, high = (
-        f"{1000 * row[key]:.0f}" for key in ("prefill_seconds", "prefill_p20", "prefill_p80")
-    )
-    return f"{median} [{low}, {high}]"
+    times = (row[key] for key in ("prefill_seconds", "prefill_p20", "prefill_p80"))
+    return format_spread(lambda time: f"{1000 * time:.0f}", *times, row["num_timed"])
 
 
 def _speed_up(row: Row) -> str:

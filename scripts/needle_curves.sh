@@ -10,6 +10,7 @@ run() { "$python" run.py "$@" bench=needle || status=1; }
 
 run method=flash "$@"
 run -m method=pbs,pbs_plus,meanpool,xattention,prism method.threshold=0.5,0.7,0.9 "$@"
+run -m method=random_blocks method.density=0.2,0.35,0.5 "$@"
 run -m method=flexprefill method.gamma=0.5,0.7,0.9 "$@"
 # Sizes that go together: vertical and slash lines, first and last tokens.
 for sizes in "16 64" "64 256" "256 1024"; do

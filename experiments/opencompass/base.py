@@ -329,27 +329,25 @@ class OpenCompassBench(Bench):
 
     def paired_scores(
         self, ours: Sequence[Record], dense: Sequence[Record]
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """See the base class: weighted so that their means are the overall scores / 100."""
+    ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+        """See the base class: the weighted means are the overall scores / 100."""
         common = {record["sample_id"] for record in ours} & {
             record["sample_id"] for record in dense
         }
         counts = Counter(name.rpartition("/")[0] for name in common)
         labels = {part.key: part.labels for part in self.parts() if part.key in counts}
         cells = list(labels.values())
-        factors = {
-            key: self.weight(labels[key], cells) * len(common) / counts[key] / 100 for key in labels
-        }
+        shares = {key: self.weight(labels[key], cells) / counts[key] for key in labels}
 
-        def scale(records: Sequence[Record]) -> dict[str, float]:
+        def scores(records: Sequence[Record]) -> dict[str, float]:
             return {
-                record["sample_id"]: record["score"]
-                * factors[record["sample_id"].rpartition("/")[0]]
+                record["sample_id"]: record["score"] / 100
                 for record in records
                 if record["sample_id"] in common
             }
 
-        return scale(ours), scale(dense)
+        weights = {name: shares[name.rpartition("/")[0]] for name in common}
+        return scores(ours), scores(dense), weights
 
 
 def measure(records: Sequence[Record]) -> dict[str, Any]:

@@ -137,8 +137,9 @@ def _overview(results: Results) -> Iterator[Block]:
     yield Text(
         "Density: computed tiles over the tiles of dense causal attention. Coverage: share of "
         "dense attention's probability on what is computed. Brackets: 95 % intervals (accuracy: "
-        "Wilson; difference: paired on the same samples), times: 20th to 80th percentile. Numbers "
-        "in the pictures are the rows of the table above them."
+        "Wilson; difference: paired on the same samples), times: 20th to 80th percentile, or how "
+        "many times there are (n) where these are too few. Numbers in the pictures are the rows of "
+        "the table above them."
     )
 
 
@@ -154,7 +155,7 @@ def _answers(group: Group) -> Iterator[Block]:
         yield Text(wins)
         return
     yield Table(wins, caption="Which sparse run is best how often; ties go to the lower density.")
-    yield Table(tables.winners(group), caption="Cell by cell.")
+    yield Table(tables.winners(group), caption="Cell by cell; a lead of few samples is no proof.")
 
 
 def _coverage(group: Group) -> Iterator[Block]:
@@ -172,8 +173,8 @@ def _coverage(group: Group) -> Iterator[Block]:
 
 def _times(times: Times) -> Iterator[Block]:
     caption = (
-        f"Medians with 20th and 80th percentile, {times.device}; waits: what a caller waits for "
-        "one synchronised call."
+        f"Medians with 20th and 80th percentile (n: too few times), {times.device}; waits: what a "
+        "caller waits for one synchronised call."
     )
     yield Table(timing_table(times), caption=caption)
     if note := load_note(times):

@@ -11,7 +11,7 @@ from experiments.report.runs import Group, Results
 from experiments.table import Row, format_columns
 
 # Columns of cells in :func:`winners` that are no names of theirs.
-MEASURED = ("label", "method", "value", "density")
+MEASURED = ("label", "method", "samples", "value", "density")
 # Columns of :func:`overview`.
 OVERVIEW = ("bench", "model", "settings", "runs", "methods", "samples", "devices")
 
@@ -91,7 +91,8 @@ def winners(group: Group) -> pd.DataFrame | str:
     """Which sparse run is best in every cell of the bench, for needle a task at a length.
 
     Best is the highest accuracy or score, and of equal ones the lowest density. ``tied`` counts the
-    others with the same score, ``ahead`` is the lead over the next lower one in points.
+    others with the same score, ``ahead`` is the lead over the next lower one in points, and
+    ``samples`` how many both rest on: a lead of few samples is no proof.
     """
     cells = pd.DataFrame(
         [
@@ -120,6 +121,7 @@ def winners(group: Group) -> pd.DataFrame | str:
             {
                 **dict(zip(keys, names, strict=True)),
                 "best": best["label"],
+                "samples": best["samples"],
                 "value": best["value"],
                 "dense": dense.iloc[0] if len(dense) else None,
                 "density": best["density"],
@@ -186,6 +188,7 @@ def _cell(cell: dict[str, Any]) -> dict[str, Any]:
     names = {key: text for key, text in cell.items() if isinstance(text, str) or key == "length"}
     return {
         **names,
+        "samples": cell.get("num_samples"),
         "value": 100 * accuracy if accuracy is not None else cell.get("score"),
         "density": cell.get("density"),
     }

@@ -13,6 +13,7 @@ from experiments.report.runs import Group, Results
 from experiments.speed.result_folders import TIMED_PARTS, newest_folders, read_folder
 from experiments.speed.samples import without_cold_samples
 from experiments.speed.timing_report import STAGES, break_evens, marks_of, shape_of, table_rows
+from experiments.statistics import format_spread
 from experiments.store import Record
 
 
@@ -89,7 +90,7 @@ def times_frame(times: Times) -> pd.DataFrame:
 
 
 def timing_table(times: Times) -> pd.DataFrame:
-    """Times in ms, formatted: median [p20, p80], how it compares, and what it did.
+    """Times in ms, formatted: median [p20, p80] or (n = 2), how it compares, and what it did.
 
     "samples" are the calls behind a time, "waits" what a caller waits for one (empty where that was
     not measured), "stage samples" the calls behind the stages.
@@ -100,7 +101,7 @@ def timing_table(times: Times) -> pd.DataFrame:
         "heads": frame["shape"].fillna("model"),
         "variant": frame["variant"].where(frame["kind"] != "dense", "dense " + frame["variant"]),
         "ms": [
-            interval_text(row.median_ms, row.p20_ms, row.p80_ms)
+            format_spread(_ms, row.median_ms, row.p20_ms, row.p80_ms, int(row.num_samples))
             if pd.notna(row.median_ms)
             else str(row.failure)
             for row in frame.itertuples()
@@ -127,7 +128,7 @@ def timing_table(times: Times) -> pd.DataFrame:
         },
         "stage samples": _format(frame["num_stage_samples"], "{:.0f}"),
     }
-    table = pd.DataFrame(columns).drop_duplicates(ignore_index=True)
+    table = pd.DataFrame(columns)
     empty = [name for name in table if not (set(table[name]) - {"", "model"})]
     return table.drop(columns=empty)
 

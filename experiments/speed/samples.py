@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.statistics import quantiles
+from experiments.statistics import FEWEST_FOR_PERCENTILES, quantiles
 
 Record = dict[str, Any]
 
@@ -17,7 +17,7 @@ Record = dict[str, Any]
 # this share of the faster of the two.
 TOLERANCE = 0.2
 # A median of fewer samples is marked wherever it stands.
-FEW_SAMPLES = 5
+FEW_SAMPLES = FEWEST_FOR_PERCENTILES
 COLD = "cold"
 
 

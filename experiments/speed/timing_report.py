@@ -16,6 +16,7 @@ from typing import Any
 from experiments.load import load_warning
 from experiments.published import TABLE7
 from experiments.speed.samples import FEW_SAMPLES
+from experiments.statistics import FEWEST_FOR_PERCENTILES
 
 Record = dict[str, Any]
 
@@ -171,6 +172,8 @@ def table_rows(record: Record) -> list[Record]:
             row |= {key: value for key, value in entry.items() if key not in left_out}
             row["num_samples"] = len(entry.get("samples_ms", ()))
             row["num_dropped"] = len(entry.get("dropped_ms", ()))
+            if row["num_samples"] < FEWEST_FOR_PERCENTILES:
+                row |= {name: None for name in ("p20_ms", "p80_ms") if name in row}
             for key, suffix in nested.items():
                 row |= {f"{name}_{suffix}": v for name, v in entry.get(key, {}).items()}
             for key in ratios:

@@ -12,16 +12,18 @@ from experiments.load import load_warning
 from experiments.notes import listed
 from experiments.published import TABLE7, PublishedRow
 from experiments.speed.timing_report import has_published_times, marks_of, shape_of
+from experiments.statistics import format_spread
 from experiments.store import Record, RunStore, write_atomically
 
 Row = dict[str, Any]
 
 MIB = 2**20
 NOTE = (
-    "brackets: 20th to 80th percentile, of speed-ups over the ratios round by round; samples: "
-    "calls behind each number, dense alike; dense: the fastest dense kernel of the same cell, "
-    "interleaved; waits: what a caller waits for one synchronised call, on a CPU the time itself; "
-    "break-even: length from which on the method is faster than dense"
+    "brackets: 20th to 80th percentile, of speed-ups over the ratios round by round; (n = 2): only "
+    "the median, of too few times for percentiles; samples: calls behind each number, dense alike; "
+    "dense: the fastest dense kernel of the same cell, interleaved; waits: what a caller waits for "
+    "one synchronised call, on a CPU the time itself; break-even: length from which on the method "
+    "is faster than dense"
 )
 
 
@@ -210,10 +212,8 @@ def _time(row: Row) -> str:
     """Three digits: an op takes microseconds, a prefill seconds."""
     if row.get("prefill_seconds") is None:
         return row["status"] if row["status"] != "finished" else "none"
-    median, low, high = (
-        f"{1000 * row[key]:.4g}" for key in ("prefill_seconds", "prefill_p20", "prefill_p80")
-    )
-    return f"{median} [{low}, {high}]"
+    times = (row[key] for key in ("prefill_seconds", "prefill_p20", "prefill_p80"))
+    return format_spread(lambda time: f"{1000 * time:.4g}", *times, row["num_timed"])
 
 
 def speed_up_text(row: Row) -> str:

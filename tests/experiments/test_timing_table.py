@@ -141,7 +141,7 @@ def test_the_table_has_the_longest_cell_and_the_break_even():
     row = {"label": "pbs", "status": "finished", **timing_numbers(results)}
     columns = timing_columns([row])
     assert columns["tokens"] == ["32768"]
-    assert columns["time, ms"] == ["50 [50, 50]"]
+    assert columns["time, ms"] == ["50 (n = 1)"]
     assert columns["dense, ms"] == ["100 (flash)"]
     assert columns["speed-up"] == ["2.00x"]
     assert columns["samples"] == ["1"]

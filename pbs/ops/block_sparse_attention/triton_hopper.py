@@ -7,8 +7,8 @@ next tile's logits before the softmax of the current one (the schedule of FlashA
 
 Measured on an H100 (``experiments/results/h100_2026-11-23b``; bf16, 32 query and 8 key heads of
 128, one order per key head): 587, 654 and 645 TFLOP/s on computed tiles at 8K (density 0.58), 128K
-(0.22) and 512K (0.22) tokens, 0.84, 1.03 and 0.95 of the rate of FlashAttention-4's dense kernel.
-At 128K the matrix unit is busy 81 % of the time (``profile.csv`` there).
+(0.22) and 512K (0.22) tokens, 0.84, 1.03 and 0.95 of the rate of FlashAttention-4's dense kernel
+(medians of 2, 4 and 2 calls). At 128K the matrix unit is busy 81 % of the time (``profile.csv``).
 
 A value that is not finite reaches all 64 rows of a warpgroup that computes it in a window, those
 too that do not see it: their weight is 0, and 0 * NaN is NaN. (A key does not: its logits are

@@ -18,6 +18,7 @@ from experiments.report.content import make_sections
 from experiments.report.page import write_markdown
 from experiments.report.runs import read_results
 from experiments.store import RunStore
+from experiments.table import format_columns, make_rows
 from tests.experiments.conftest import without_times
 from tests.experiments.opencompass.conftest import LONGBENCH, LONGBENCH_V2, QUIET
 
@@ -180,6 +181,21 @@ def test_a_run_is_paired_with_dense_and_names_the_samples_that_moved(run_longben
     assert (paired["num_better"], paired["num_worse"]) == (0, 2)
 
 
+def test_one_sample_is_paired_and_its_table_claims_nothing(run_bench):
+    words = ["bench=longbench", f"bench.data_dir={LONGBENCH}", "bench.tasks=[trec]",
+             "bench.limit=1", "bench.max_out_len=2"]  # fmt: skip
+    dense = run_bench(*words, "method=flash")
+    record = dense.samples()[0] | {"score": 100.0}
+    dense.samples_path.write_text(json.dumps(record) + "\n")
+    store = run_bench(*words, "method=pbs")
+    paired = store.metrics()["against_dense"]
+    assert (paired["num_pairs"], paired["low"], paired["high"]) == (1, -1, 1)
+    columns = format_columns(make_rows([store.folder]))
+    assert columns["difference to dense, points"][-1] == "-100.0 [-100.0, +100.0]"
+    (times,) = (texts for name, texts in columns.items() if name.startswith("prefill"))
+    assert all(text.endswith(" (n = 1)") for text in times)
+
+
 def test_longbench_v2_by_difficulty_and_length(run_bench):
     words = ["bench=longbench_v2", f"bench.data_dir={LONGBENCH_V2}", "bench.max_out_len=2"]
     dense = run_bench(*words, "method=flash")
@@ -252,7 +268,7 @@ def test_the_command_prints_scores_and_marks_what_was_not_run(command, tmp_path)
     status, printed = command(*command_of(tmp_path, *words))
     assert status == 0
     assert "| trec | 0.00 |" in printed
-    assert "paired bootstrap over samples" in printed
+    assert "paired, Student with two added pairs" in printed
     assert "| flash | average | 0.00 | 38.28 | -38.28 | partial |" in printed
     assert "| pbs | average | – | 37.37 | – | not run |" in printed
     group = tmp_path / "outputs" / "longbench" / "llama31_8b"

@@ -172,12 +172,14 @@ def test_a_failed_task_is_a_hole_and_not_a_zero():
 def test_paired_scores_average_to_the_overall_score():
     bench = LongBench(tasks=["hotpotqa", "musique", "lcc"])
     better = [{**record, "score": record["score"] + 6} for record in RECORDS]
-    ours, dense = bench.paired_scores(better, RECORDS)
-    assert math.isclose(sum(dense.values()) / 4, bench.summarise(RECORDS)["total"]["score"] / 100)
-    assert math.isclose(sum(ours.values()) / 4 - sum(dense.values()) / 4, 0.06)
-    ours, dense = bench.paired_scores(better[1:], RECORDS[:3])
-    assert set(ours) == set(dense) == {"hotpotqa/1", "musique/0"}
-    assert math.isclose(sum(dense.values()) / 2, 0.35)
+    ours, dense, weights = bench.paired_scores(better, RECORDS)
+    overall = bench.summarise(RECORDS)["total"]["score"] / 100
+    assert math.isclose(sum(weights.values()), 1)
+    assert math.isclose(sum(weights[name] * dense[name] for name in dense), overall)
+    assert math.isclose(sum(weights[name] * (ours[name] - dense[name]) for name in dense), 0.06)
+    ours, dense, weights = bench.paired_scores(better[1:], RECORDS[:3])
+    assert set(ours) == set(dense) == set(weights) == {"hotpotqa/1", "musique/0"}
+    assert math.isclose(sum(weights[name] * dense[name] for name in dense), 0.35)
 
 
 @pytest.mark.parametrize("tasks", [TASKS, ["trec"], ["trec", "lcc", "passage_count"]])

@@ -20,6 +20,7 @@ from experiments.report import (
 )
 from experiments.report.notebook import compare_with_runs
 from experiments.report.runs import Group, Run, read_results
+from experiments.speed.timing_report import lines_of
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,13 @@ def with_cells(group: Group, cells: dict[str, list[dict]]) -> Group:
 
 
 def cell(task, accuracy, density):
-    return {"task": task, "length": 512, "accuracy": accuracy, "density": density}
+    return {
+        "task": task,
+        "length": 512,
+        "accuracy": accuracy,
+        "density": density,
+        "num_samples": 20,
+    }
 
 
 def test_the_winner_has_the_highest_accuracy_and_then_the_lowest_density(needle):
@@ -90,6 +97,7 @@ def test_the_winner_has_the_highest_accuracy_and_then_the_lowest_density(needle)
     assert table["best"].to_dict() == {"a": "pbs", "b": "pbs threshold=0.5"}
     assert table.loc["a", ["accuracy, %", "dense", "tied", "ahead"]].tolist() == [80, 100, 1, 30]
     assert table.loc["b", ["tied", "ahead"]].tolist() == [1, 5]
+    assert table["samples"].tolist() == [20, 20]
     assert tables.wins(group)["cells won"].to_dict() == {"pbs": 1, "pbs threshold=0.5": 1}
     only_dense = with_cells(needle, {"flash": [cell("a", 1.0, 1.0)]})
     assert "No sparse method" in tables.winners(only_dense)
@@ -192,6 +200,18 @@ def test_stages_add_up_in_units_of_the_dense_time():
     assert "no floor" in time_figures.draw_floor(ours).lower()
     one = times.Times("t", "device", records[:1])
     assert "Two lengths" in time_figures.draw_speed_up(one)
+
+
+@pytest.mark.parametrize(("num", "expected"), [(2, "3.00 (n = 2)"), (5, "3.00 [3.00, 3.00]")])
+def test_few_calls_have_no_percentiles_whatever_their_record_says(num, expected):
+    entry = {"median_ms": 3.0, "p20_ms": 3.0, "p80_ms": 3.0, "samples_ms": [3.0] * num}
+    entry |= {"dense_reason": "", "speed_up": {}, "speed_up_over_fastest": None}
+    record = {"length": 512, "dense": {"flash": entry}, "methods": {"pbs": entry}}
+    ours = times.Times("t", "device", (record,))
+    assert times.timing_table(ours)["ms"].tolist() == [expected, expected]
+    lines = lines_of([record])
+    shown = 1 if num == 2 else 3
+    assert [line.count("3.000") for line in lines[1:3]] == [shown, shown]
 
 
 def test_committed_times_can_be_drawn():
