@@ -59,6 +59,7 @@ def command(monkeypatch, tmp_path, capsys, _no_maps) -> Callable[..., tuple[int,
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [str(ROOT / "run.py"), *words])
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        _write_absl_messages_here()
         status = 0
         try:
             runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
@@ -71,6 +72,16 @@ def command(monkeypatch, tmp_path, capsys, _no_maps) -> Callable[..., tuple[int,
         return status, printed.out + printed.err
 
     return command
+
+
+def _write_absl_messages_here() -> None:
+    """Give absl's log handler, if something imported it, the stream of this test.
+
+    When Hydra sets up logging the handler closes the stream it was made with, unless that is
+    stderr: made under pytest, it is the one that pytest writes the whole session to.
+    """
+    if "absl.logging" in sys.modules:
+        sys.modules["absl.logging"].get_absl_handler().python_handler.setStream(sys.stderr)
 
 
 def without_times(records: list[dict]) -> list[dict]:

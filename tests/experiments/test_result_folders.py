@@ -103,5 +103,7 @@ def test_no_committed_speed_up_of_runs_made_one_after_another_lacks_its_interval
     """The same setting was 1.33x in one place and 1.05x in another."""
     for path in COMMITTED.glob("needle*/*.csv"):
         heading = path.read_text().splitlines()[0].split(",")
+        if path.stem.endswith("_answers"):
+            continue
         assert "density" in heading
         assert "speed_up" not in heading or "speed_up_low" in heading

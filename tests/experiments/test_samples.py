@@ -73,12 +73,12 @@ def test_every_variant_says_how_long_a_caller_waits():
     found = time_interleaved(
         {name: lambda _: torch.ones(10).sum() for name in ("dense", "method")},
         device=CPU,
-        effort=Effort(0.01, 3, 3),
+        effort=Effort(0.01, 5, 5),
         holds=True,
     )
     for timing in found.values():
         entry = timing.to_dict()
-        assert entry["num_samples"] == entry["num_wall_samples"] == 3
+        assert entry["num_samples"] == entry["num_wall_samples"] == 5
         assert entry["wall_p20_ms"] <= entry["wall_ms"] <= entry["wall_p80_ms"]
         assert "host_ms" not in entry
 
@@ -130,12 +130,21 @@ def test_records_made_without_the_rule_lose_their_cold_samples():
 
 
 def test_ratios_have_percentiles_over_the_rounds():
-    found = without_cold_samples(record(8192, [1.0, 1.1, 1.0], [2.0, 2.2, 2.0]))
+    found = without_cold_samples(record(8192, [1.0, 1.1, 1.0, 1.1, 1.0], [2.0, 2.2, 2.0, 2.2, 2.0]))
     pbs = found["methods"]["pbs"]
     assert pbs["speed_up_p20"]["flash"] == pbs["speed_up_p80"]["flash"] == 2.0
     (_, row) = table_rows(found)
-    assert row["num_samples"] == 3 < FEW_SAMPLES
     assert row["speed_up_over_fastest_p20"] == 2.0
+
+
+def test_few_rounds_have_a_median_and_no_percentiles():
+    found = without_cold_samples(record(8192, [1.0, 1.1, 1.0], [2.0, 2.2, 2.0]))
+    pbs = found["methods"]["pbs"]
+    assert pbs["speed_up"]["flash"] == 2.0
+    assert pbs["speed_up_p20"]["flash"] is None
+    (_, row) = table_rows(found)
+    assert row["num_samples"] == 3 < FEW_SAMPLES
+    assert row["speed_up_over_fastest_p20"] is None
     text = "\n".join(lines_of([found]))
     assert "few samples: 3" in text
     assert "at least 3 samples a time" in text

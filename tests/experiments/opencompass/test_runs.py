@@ -185,8 +185,9 @@ def test_one_sample_is_paired_and_its_table_claims_nothing(run_bench):
     words = ["bench=longbench", f"bench.data_dir={LONGBENCH}", "bench.tasks=[trec]",
              "bench.limit=1", "bench.max_out_len=2"]  # fmt: skip
     dense = run_bench(*words, "method=flash")
-    record = dense.samples()[0] | {"score": 100.0}
+    dense_metrics, record = dense.metrics(), dense.samples()[0] | {"score": 100.0}
     dense.samples_path.write_text(json.dumps(record) + "\n")
+    dense.write_metrics({**dense_metrics, "samples_digest": dense.samples_digest()})
     store = run_bench(*words, "method=pbs")
     paired = store.metrics()["against_dense"]
     assert (paired["num_pairs"], paired["low"], paired["high"]) == (1, -1, 1)
