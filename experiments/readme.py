@@ -137,12 +137,11 @@ def table7(folder: ResultFolder) -> str:
     published = {row.length: f"{row.dense_ms}, {row.total_ms}" for row in TABLE7}
     lines = _gpu_table(folder.parts["table7"], "ms", 1, ("published FA2, PBS, ms", published))
     source = folder.path.relative_to(ROOT) if folder.path.is_relative_to(ROOT) else folder.path
-    packages = folder.environment["packages"]
+    packages, commit = folder.environment["packages"], folder.environment["commit"][:7]
     lines += [
         "",
-        f"{folder.device}, torch {packages['torch']}, Triton {packages['triton']}, commit "
-        f"{folder.environment['commit']}, bf16, 32 query and 8 key/value heads of 128; medians, "
-        f"all samples in [{source}]({source}).",
+        f"{folder.device}, torch {packages['torch']}, Triton {packages['triton']}, commit {commit}, "
+        f"bf16, 32 query and 8 key/value heads of 128; medians, all samples in [{source}]({source}).",
     ]
     return "\n".join(lines) + "\n"
 
