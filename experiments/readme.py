@@ -140,8 +140,9 @@ def table7(folder: ResultFolder) -> str:
     packages, commit = folder.environment["packages"], folder.environment["commit"][:7]
     lines += [
         "",
-        f"{folder.device}, torch {packages['torch']}, Triton {packages['triton']}, commit {commit}, "
-        f"bf16, 32 query and 8 key/value heads of 128; medians, all samples in [{source}]({source}).",
+        f"{folder.device}, torch {packages['torch']}, Triton {packages['triton']}, commit "
+        f"{commit}, bf16, 32 query and 8 key/value heads of 128; medians, all samples in "
+        f"[{source}]({source}).",
     ]
     return "\n".join(lines) + "\n"
 
