@@ -49,22 +49,22 @@ report: $(VENV)/.core ## Write outputs/report: one HTML page and Markdown over a
 	$(BIN)/python -m experiments.report --outputs outputs --out outputs/report
 
 leaderboard: $(VENV)/.core ## Write outputs/leaderboard.csv, each run checked against its samples
-	$(BIN)/python -m experiments.leaderboard --outputs outputs --out outputs/leaderboard.csv
+	$(BIN)/python -m experiments.tools.leaderboard --outputs outputs --out outputs/leaderboard.csv
 
 readme: $(VENV)/.core ## Write the README's result tables from results
-	$(BIN)/python -m experiments.readme
+	$(BIN)/python -m experiments.tools.readme
 
 golden: $(VENV)/.dev ## Write tests/golden/needle.json anew, after a change meant to move numbers
 	$(BIN)/python -m tests.golden.update
 
 kernels: $(VENV)/.core ## Compile every Triton kernel for sm_80, sm_90 and sm_100 and check it
-	$(BIN)/python -m experiments.kernel_report
+	$(BIN)/python -m experiments.tools.kernels
 
 bench: $(VENV)/.core ## Gate, then attention beside PyTorch's SDPA on this CPU (minutes)
-	$(BIN)/python -m experiments.bench_cpu --out outputs/bench_cpu
+	$(BIN)/python -m experiments.tools.bench_cpu --out outputs/bench_cpu
 
 bench-gpu: $(VENV)/.core ## All numbers that need a GPU
-	$(BIN)/python -m experiments.bench_gpu --out outputs/bench_gpu
+	$(BIN)/python -m experiments.tools.bench_gpu --out outputs/bench_gpu
 
 audit: $(VENV)/.dev ## Look installed packages up among known vulnerabilities (needs the Python Package Index)
 	$(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install --quiet pip-audit && $(VENV)/audit/bin/pip-audit --skip-editable --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"

@@ -7,13 +7,13 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from experiments.cli import explain_errors, register_configs
+from experiments.run.cli import explain_errors, register_configs
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def run(cfg: DictConfig) -> str:
     """Run one cell; returns its folder."""
-    from experiments.runner import run_cell
+    from experiments.run.runner import run_cell
 
     return str(run_cell(cfg))
 

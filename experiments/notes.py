@@ -83,7 +83,7 @@ def notes_of(rows: Sequence[Row]) -> list[str]:
     """Sentences under a table; runs that share one are named together.
 
     Args:
-        rows: as of :func:`experiments.table.make_rows`.
+        rows: as of :func:`experiments.report.table.make_rows`.
     """
     notes = []
     for key, start in KINDS.items():

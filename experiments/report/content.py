@@ -17,6 +17,7 @@ from experiments.report import coverage_views, figures, tables, time_figures
 from experiments.report.missing import missing_table, nothing_yet
 from experiments.report.published import compared_scores, compared_times
 from experiments.report.runs import Group, Results
+from experiments.report.table import Row, reading_notes
 from experiments.report.times import (
     Times,
     all_times,
@@ -24,7 +25,6 @@ from experiments.report.times import (
     load_note,
     timing_table,
 )
-from experiments.table import Row, reading_notes
 
 # What a run's environment may differ in without being another environment.
 VARYING = ("time", "resumed_from", "earlier")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.bench import BENCHES
-from experiments.coverage.report import density_at, mean_curve, points_of
+from experiments.benches.base import BENCHES
+from experiments.benches.coverage.points import density_at, mean_curve, points_of
 from experiments.report.runs import Group
 
 COVERAGES = (0.8, 0.9, 0.95, 0.99)

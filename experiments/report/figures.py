@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 
-from experiments.pictures.looks import DENSE_METHOD, LOOKS, Look, look_of, new_figure
+from experiments.report.pictures.looks import DENSE_METHOD, LOOKS, Look, look_of, new_figure
 from experiments.report.runs import Group
 from experiments.report.tables import missing_dense, run_frame, value_name
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from experiments.bench import BENCHES
-from experiments.compare import dense_command
-from experiments.config import DENSE
+from experiments.benches.base import BENCHES
+from experiments.report.compare import dense_command
 from experiments.report.published import unmeasured
 from experiments.report.runs import Group, Results
+from experiments.settings.config import DENSE
 from pbs.methods import METHODS
 
 # Columns of :func:`missing_table`.

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.config import ROOT, ModelConfig, RunConfig
 from experiments.pairing import pair_records
 from experiments.report.runs import Results
+from experiments.settings.config import ROOT, ModelConfig, RunConfig
 from experiments.statistics import compare_paired
 from experiments.store import Record
 
 if TYPE_CHECKING:
-    from experiments.models import LoadedModel
-    from experiments.pictures.capture import CapturedCall
+    from experiments.models.load import LoadedModel
+    from experiments.report.pictures.capture import CapturedCall
     from pbs.methods import AttentionMethod
 
 # transformers loads tqdm, which misses ipywidgets in a notebook; its plain bars are enough.
@@ -81,7 +81,7 @@ def show_one(thing: object, *, alt: str = "embedded model") -> None:
 
 def load_embedded() -> LoadedModel:
     """The small Llama that comes with the project, on the CPU."""
-    from experiments.models import load_model
+    from experiments.models.load import load_model
 
     return load_model(EMBEDDED)
 
@@ -93,9 +93,9 @@ def capture_embedded(length: int = 2048, *, layer: int = -1) -> CapturedCall:
         length: of the prompt, in tokens; at most 8192.
         layer: counted from the last if negative.
     """
-    from experiments.needle import encode_sample, num_layers
-    from experiments.needle_tasks import make_sample
-    from experiments.pictures import capture_call
+    from experiments.benches.needle import encode_sample, num_layers
+    from experiments.benches.needle_tasks import make_sample
+    from experiments.report.pictures import capture_call
     from pbs import build_method
 
     model = load_embedded()
@@ -121,7 +121,7 @@ def coverage_curve(
     Returns:
         The columns ``value``, ``density`` and ``coverage``, means over heads, ascending in density.
     """
-    from experiments.coverage.measure import measure_coverage
+    from experiments.gate.coverage import measure_coverage
     from pbs import build_method
     from pbs.methods import METHODS
 
@@ -155,8 +155,8 @@ def answer_questions(
 
     The samples are those of the bench with seed 0: they pair with those of finished runs.
     """
-    from experiments.bench import Context
-    from experiments.needle import NeedleBench
+    from experiments.benches.base import Context
+    from experiments.benches.needle import NeedleBench
 
     model = load_embedded()
     bench = NeedleBench(lengths=list(lengths), depths=list(depths), tasks=list(tasks))
@@ -178,7 +178,7 @@ def answer_questions(
 
 def answers_table(records: Mapping[str, Sequence[Record]]) -> pd.DataFrame:
     """Accuracy, density and coverage of :func:`answer_questions`, a row per method."""
-    from experiments.needle import measure
+    from experiments.benches.needle import measure
 
     keys = ("num_samples", "accuracy", "accuracy_low", "accuracy_high", "density", "coverage")
     rows = {label: {key: measure(part).get(key) for key in keys} for label, part in records.items()}

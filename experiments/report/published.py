@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from experiments.published import TABLE7, PublishedRow, density_at
-from experiments.published_scores import FOLDER, compare_published, load_published
+from experiments.report.published_scores import FOLDER, compare_published, load_published
 from experiments.report.runs import Results
 from experiments.report.times import Times, all_times, committed_times, interval_text, times_frame
-from experiments.speed.timing_report import marks_of
+from experiments.timing.published import TABLE7, PublishedRow, density_at
+from experiments.timing.timing_report import marks_of
 
 # Heads of the paper's Table 7, and its dense kernel.
 TABLE7_SHAPE = "32/8/128"

@@ -11,13 +11,13 @@ from typing import Any
 
 import yaml
 
-from experiments.bench import BENCHES
-from experiments.compare import READ_ERRORS, config_of, is_plain_dense
-from experiments.config import RunConfig
-from experiments.pictures.looks import LOOKS
+from experiments.benches.base import BENCHES
+from experiments.report.compare import READ_ERRORS, config_of, is_plain_dense
+from experiments.report.pictures.looks import LOOKS
+from experiments.report.table import Row, flatten_settings, make_rows, times_dense
 from experiments.results import find_runs
+from experiments.settings.config import RunConfig
 from experiments.store import Record, RunStore
-from experiments.table import Row, flatten_settings, make_rows, times_dense
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Group:
         model: name of the model.
         note: what sets the group apart from the others of this bench and model; "" if it is alone.
         runs: dense attention first, then in the order of the table of looks.
-        rows: one per run, as of :func:`experiments.table.make_rows`.
+        rows: one per run, as of :func:`experiments.report.table.make_rows`.
     """
 
     bench: str

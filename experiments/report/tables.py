@@ -6,9 +6,9 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.config import DENSE
 from experiments.report.runs import Group, Results
-from experiments.table import Row, format_columns
+from experiments.report.table import Row, format_columns
+from experiments.settings.config import DENSE
 
 # Columns of cells in :func:`winners` that are no names of theirs.
 MEASURED = ("label", "method", "samples", "value", "density")

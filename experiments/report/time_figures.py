@@ -8,10 +8,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from experiments.pictures.looks import DENSE_METHOD, look_of, new_figure
 from experiments.report.figures import in_order, tidy
+from experiments.report.pictures.looks import DENSE_METHOD, look_of, new_figure
 from experiments.report.times import Times, times_frame
-from experiments.speed.timing_report import STAGES, break_evens
+from experiments.timing.timing_report import STAGES, break_evens
 
 # Paul Tol's "light" scheme; in this order neighbours differ in lightness, too.
 STAGE_COLOURS = {

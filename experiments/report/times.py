@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.load import load_warning
+from experiments.machine_load import load_warning
 from experiments.report.runs import Group, Results
-from experiments.speed.result_folders import TIMED_PARTS, newest_folders, read_folder
-from experiments.speed.samples import without_cold_samples
-from experiments.speed.timing_report import STAGES, break_evens, marks_of, shape_of, table_rows
 from experiments.statistics import format_spread
 from experiments.store import Record
+from experiments.timing.result_folders import TIMED_PARTS, newest_folders, read_folder
+from experiments.timing.samples import without_cold_samples
+from experiments.timing.timing_report import STAGES, break_evens, marks_of, shape_of, table_rows
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ def all_times(results: Results) -> list[Times]:
 
 
 def committed_times(folder: str | Path | None = None) -> list[Times]:
-    """The times in ``experiments/results`` that come with the project, the newest of each device.
+    """The times in ``experiments/measured`` that come with the project, the newest of each device.
 
-    Cold samples are left out, see :mod:`experiments.speed.samples`.
+    Cold samples are left out, see :mod:`experiments.timing.samples`.
 
     Args:
         folder: one of its folders; default: the newest of every device, whatever its name.
@@ -72,7 +72,7 @@ def committed_times(folder: str | Path | None = None) -> list[Times]:
 def times_frame(times: Times) -> pd.DataFrame:
     """One row per length, shape and variant (dense kernels and methods), without raw samples.
 
-    Beside the columns of :func:`experiments.speed.timing_report.table_rows`: ``method``, the name
+    Beside the columns of :func:`experiments.timing.timing_report.table_rows`: ``method``, the name
     that the variant's label begins with, and ``shape``, heads as Hq/Hkv/D.
     """
     rows = [

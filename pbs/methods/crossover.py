@@ -102,7 +102,7 @@ def read_table(path: Path) -> list[Crossover]:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a crossover table ({type(error).__name__}: {error}); make one with "
-            "python -m experiments.crossover RESULTS --out FILE"
+            "python -m experiments.tools.crossover RESULTS --out FILE"
         ) from error
 
 
@@ -144,8 +144,8 @@ def find_crossover(
     warnings.warn(
         f"dense_below='auto': no crossover was measured for {method} on {name} with heads "
         f"{q_heads}/{kv_heads}/{head_dim}{measured}, so it runs sparse at every length; measure "
-        f"with `make bench-gpu` and python -m experiments.crossover, then set {VARIABLE}, or say "
-        "dense_below=N",
+        "with `make bench-gpu` and python -m experiments.tools.crossover, then set "
+        f"{VARIABLE}, or say dense_below=N",
         stacklevel=2,
     )
     return None

@@ -9,9 +9,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from experiments.cli import CollectCells, register_configs
-from experiments.config import CONF, ROOT
-from experiments.needle import NeedleBench
+from experiments.benches.needle import NeedleBench
+from experiments.run.cli import CollectCells, register_configs
+from experiments.settings.config import CONF, ROOT
 from experiments.store import RunStore
 
 FAST = ("debug=fast", "check=false")
@@ -43,7 +43,7 @@ def _no_maps(monkeypatch):
 @pytest.fixture
 def run(compose_cell, _no_maps) -> Callable[..., RunStore]:
     """Run one cell; returns its folder's store."""
-    from experiments.runner import run_cell
+    from experiments.run.runner import run_cell
 
     def run(*overrides: str) -> RunStore:
         return RunStore(run_cell(compose_cell(*overrides)))

@@ -3,9 +3,9 @@
 import pytest
 from omegaconf import OmegaConf
 
-from experiments.bench import BENCHES
-from experiments.config import CONF, RunConfig
-from experiments.runner import build_bench
+from experiments.benches.base import BENCHES
+from experiments.run.runner import build_bench
+from experiments.settings.config import CONF, RunConfig
 
 
 @pytest.mark.parametrize("bench", BENCHES.names)

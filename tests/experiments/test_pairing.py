@@ -5,9 +5,9 @@ import json
 import pandas as pd
 import pytest
 
-from experiments.compare import config_of, find_dense
 from experiments.pairing import pair_records
-from experiments.table import format_columns, make_rows, reading_notes
+from experiments.report.compare import config_of, find_dense
+from experiments.report.table import format_columns, make_rows, reading_notes
 from tests.experiments.conftest import FAST
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments.environment import describe_environment
 from experiments.results import COLUMNS, load, load_samples
+from experiments.settings.environment import describe_environment
 
 
 def test_no_runs_give_an_empty_table_with_columns(tmp_path):

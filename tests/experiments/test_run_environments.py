@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from experiments import environment as environment_module
-from experiments import runner
-from experiments.environment import describe_environment
+from experiments.report.table import format_columns, make_rows, reading_notes
+from experiments.run import runner
 from experiments.run_environments import differing_parts, environment_id, prefill_times
-from experiments.table import format_columns, make_rows, reading_notes
+from experiments.settings import environment as environment_module
+from experiments.settings.environment import describe_environment
 from pbs.methods import crossover
 from pbs.ops.block_sparse_attention import tuned
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments.speed.timing_table import speed_up_text
-from experiments.table import format_columns, make_rows, reading_notes
+from experiments.report.table import format_columns, make_rows, reading_notes
+from experiments.report.timing_table import speed_up_text
 from experiments.time_ratios import compare_paired_times, median_interval
 
 
@@ -43,9 +43,9 @@ def test_a_ratio_is_written_with_its_ends_and_count():
 @pytest.fixture
 def two_runs(compose_cell, monkeypatch):
     """Dense and PBS on the same six prompts; others keep 60 % of the processors busy."""
-    from experiments.runner import run_cell
+    from experiments.run.runner import run_cell
 
-    monkeypatch.setattr("experiments.load.LoadMeter.lap", lambda _: 0.6)
+    monkeypatch.setattr("experiments.machine_load.LoadMeter.lap", lambda _: 0.6)
     words = ("bench.num_samples=2", "bench.lengths=[512]", "bench.depths=[0.0,0.5,1.0]")
     return [
         run_cell(compose_cell(f"method={name}", "bench=needle", "model=tiny", *words))

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
-from experiments.bench import Context
-from experiments.cli import register_configs
-from experiments.config import CONF, RunConfig, parameters
-from experiments.models import LoadedModel, load_model
-from experiments.needle import NeedleBench
+from experiments.benches.base import Context
+from experiments.benches.needle import NeedleBench
+from experiments.models.load import LoadedModel, load_model
+from experiments.run.cli import register_configs
+from experiments.settings.config import CONF, RunConfig, parameters
 from pbs import AttentionMethod, build_method
 from tests.methods.cases import CASES, build
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.config import CONF
+from experiments.settings.config import CONF
 from pbs.methods import METHODS
 from tests.golden import measure, update
 from tests.methods.cases import CASES

@@ -3,14 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments.crossover import crossovers, main
-from experiments.speed.result_folders import newest_folders, read_folder
+from experiments.timing.result_folders import newest_folders, read_folder
+from experiments.tools.crossover import crossovers, main
 from pbs import build_method
 from pbs.methods import crossover
 from pbs.methods.crossover import PACKAGED, find_crossover, read_table, setting_of
 from pbs.testing import make_qkv
 
-RESULTS = Path(__file__).resolve().parents[2] / "experiments" / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "experiments" / "measured"
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
-from experiments import tune
-from experiments.speed.timing import Effort
+from experiments.timing.stopwatch import Effort
+from experiments.tools import tune
 from pbs.ops.block_sparse_attention import tuned
 from pbs.ops.block_sparse_attention.triton import launch_options
 

@@ -22,17 +22,27 @@ ROOT = Path(__file__).resolve().parents[2]
 # What commands import on their way; a module that is missing here costs time only. W&B makes a
 # folder when it is imported and removes it when Python ends, so every process needs its own.
 BASE = (
-    *("experiments.cli", "experiments.runner", "experiments.summary", "experiments.needle"),
     *(
-        "experiments.speed.attention_timing",
-        "experiments.speed.prefill_timing",
-        "experiments.speed.dense_kernels",
+        "experiments.run.cli",
+        "experiments.run.runner",
+        "experiments.run.summary",
+        "experiments.benches.needle",
     ),
-    *("experiments.pictures", "matplotlib.pyplot", "PIL.PngImagePlugin", "rich._emoji_codes"),
+    *(
+        "experiments.timing.attention_timing",
+        "experiments.timing.prefill_timing",
+        "experiments.timing.dense_kernels",
+    ),
+    *(
+        "experiments.report.pictures",
+        "matplotlib.pyplot",
+        "PIL.PngImagePlugin",
+        "rich._emoji_codes",
+    ),
     *("transformers.models.llama.modeling_llama", "transformers.processing_utils"),
     *("transformers.tokenization_python", "requests"),
 )
-OPENCOMPASS = ("experiments.opencompass.harness", "experiments.opencompass.model")
+OPENCOMPASS = ("experiments.benches.opencompass.harness", "experiments.benches.opencompass.model")
 
 
 @dataclass(frozen=True)
@@ -239,7 +249,7 @@ def _warm_up():
     import torch
     from hydra.core.plugins import Plugins
 
-    from experiments.cli import register_configs
+    from experiments.run.cli import register_configs
 
     torch.set_num_threads(1)
     Plugins.instance()

@@ -3,7 +3,7 @@
 import re
 import traceback
 
-from experiments.config import ROOT
+from experiments.settings.config import ROOT
 
 # Words of Python's own errors about values that nobody has looked at.
 JARGON = re.compile(

@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-from experiments.config import RunConfig
-from experiments.runner import build_bench
+from experiments.run.runner import build_bench
+from experiments.settings.config import RunConfig
 from experiments.store import RunStore
 
 # Keys of times, of what is computed from them, of the machine's state, and of what was typed.

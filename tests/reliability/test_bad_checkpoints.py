@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from experiments.config import ROOT, ConfigError, ModelConfig
-from experiments.models import load_model
-from experiments.needle import NOT_FINITE
+from experiments.benches.needle import NOT_FINITE
+from experiments.models.load import load_model
+from experiments.settings.config import ROOT, ConfigError, ModelConfig
 from tests.reliability.messages import check_error, check_raised
 
 TINY = ROOT / "experiments" / "tiny"

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from baselines.minference_config import PATTERNS, load_head_settings
-from experiments.config import ROOT
-from experiments.opencompass.files import read_rows
-from experiments.opencompass.longbench import CLASSIFICATION, TASKS, columns_of
-from experiments.opencompass.longbench_v2 import COLUMNS
+from experiments.benches.opencompass.files import read_rows
+from experiments.benches.opencompass.longbench import CLASSIFICATION, TASKS, columns_of
+from experiments.benches.opencompass.longbench_v2 import COLUMNS
+from experiments.settings.config import ROOT
 from pbs.methods import build_method
 from tests.reliability.messages import check_error, check_message, check_raised
 
@@ -244,7 +244,7 @@ def test_archives_that_cannot_be_read_are_explained(tmp_path):
 @pytest.fixture
 def run_longbench(compose_bench_cell, tmp_path):
     """Run two LongBench tasks of a sample each; the first task's line goes through ``edit``."""
-    from experiments.runner import run_cell
+    from experiments.run.runner import run_cell
     from experiments.store import RunStore
 
     def run_longbench(edit, *words):
@@ -340,7 +340,7 @@ RULER = (
 
 
 def test_ruler_never_waits_for_a_prompt_that_cannot_be_made(compose_bench_cell, tmp_path):
-    from experiments.runner import run_cell
+    from experiments.run.runner import run_cell
     from experiments.store import RunStore
 
     for task, length, num_samples, file, content, message in RULER:

@@ -12,10 +12,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from experiments.bench import BENCHES
-from experiments.config import CONF, RunConfig, make_schema, parameters
-from experiments.explain import explain
-from experiments.runner import build_bench
+from experiments.benches.base import BENCHES
+from experiments.run.runner import build_bench
+from experiments.settings.config import CONF, RunConfig, make_schema, parameters
+from experiments.settings.explain import explain
 from pbs.methods import METHODS, build_method
 from tests.reliability.messages import check_error, check_message, check_raised
 

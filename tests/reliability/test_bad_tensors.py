@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experiments.config import ROOT
+from experiments.settings.config import ROOT
 from pbs.methods import build_method
 from pbs.ops.grid import Geometry
 from pbs.patch.huggingface import apply_patch_with_prefill

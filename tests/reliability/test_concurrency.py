@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments.cli import register_configs
-from experiments.config import CONF, ROOT, RunConfig
+from experiments.run.cli import register_configs
+from experiments.settings.config import CONF, ROOT, RunConfig
 from tests.reliability.commands import wait_for
 from tests.reliability.outcome import cells, check_whole, outcome
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.config import ROOT
+from experiments.settings.config import ROOT
 from experiments.store import RunStore
 from tests.reliability import wandb_files
 from tests.reliability.commands import OPENCOMPASS, wait_for

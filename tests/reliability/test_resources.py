@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import console, environment, failures, needle, runner, store
-from experiments.failures import describe_failure, explain_failure
+from experiments import store
+from experiments.benches import needle
 from experiments.results import load
+from experiments.run import runner
+from experiments.settings import console, environment, failures
+from experiments.settings.failures import describe_failure, explain_failure
 from experiments.store import RunStore, write_atomically
 from tests.experiments.conftest import FAST, without_times
 
@@ -167,7 +170,7 @@ def test_a_log_that_cannot_be_written_costs_one_message(run, monkeypatch, capsys
 
 
 def test_the_table_is_shown_where_it_cannot_be_written(command, monkeypatch):
-    from experiments import summary
+    from experiments.run import summary
 
     monkeypatch.setattr(summary, "write", full)
     status, printed = command(*FAST, "paths.outputs=out", "method=flash")
@@ -228,8 +231,8 @@ def test_a_missing_gpu_fails_its_cell_only(command, tmp_path, monkeypatch):
 
 
 def test_a_gpu_that_is_not_there(monkeypatch):
-    from experiments.config import ConfigError, ModelConfig
-    from experiments.models import load_model
+    from experiments.models.load import load_model
+    from experiments.settings.config import ConfigError, ModelConfig
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -10,12 +10,14 @@ import pytest
 import torch
 import yaml
 
-from experiments import credentials, dependencies, runner
-from experiments.compare import config_of
-from experiments.config import ROOT, ConfigError, ModelConfig, RunConfig
-from experiments.explain import explain
-from experiments.models import load_model
-from experiments.opencompass.files import read_rows
+from experiments.benches.opencompass.files import read_rows
+from experiments.models.load import load_model
+from experiments.report.compare import config_of
+from experiments.run import runner
+from experiments.settings import credentials
+from experiments.settings.config import ROOT, ConfigError, ModelConfig, RunConfig
+from experiments.settings.explain import explain
+from experiments.tools import dependencies
 
 TINY = ROOT / "experiments" / "tiny"
 KEY = "0123456789abcdef" * 2 + "deadbeef"  # as long as one of W&B, and nobody's
@@ -99,7 +101,7 @@ def test_rulers_data_run_no_code_of_the_tokenizer(run, tmp_path, sentinel):
         tokenizer_config={"auto_map": {"AutoTokenizer": [None, "own.Tokenizer"]}},
     )
     (folder / "own.py").write_text(OWN_SOURCE + code)
-    from experiments.opencompass.ruler_data import CheckedRuler
+    from experiments.benches.opencompass.ruler_data import CheckedRuler
 
     settings = {"tokenizer_model": str(folder), "max_seq_length": 512, "num_samples": 1}
     template = "{context} {query} {num_v}"

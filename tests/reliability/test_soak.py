@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.runner import run_cell
+from experiments.run.runner import run_cell
 from experiments.store import Appender, RunStore
 
 STATM = Path("/proc/self/statm")

@@ -5,7 +5,7 @@ go to each of two warpgroups, whose softmaxes fall at different times, and each 
 next tile's logits before the softmax of the current one (the schedule of FlashAttention-3, arXiv
 2407.08608, section 3, on lists of tiles).
 
-Measured on an H100 (``experiments/results/h100_2026-11-23b``; bf16, 32 query and 8 key heads of
+Measured on an H100 (``experiments/measured/h100_2026-11-23b``; bf16, 32 query and 8 key heads of
 128, one order per key head): 587, 654 and 645 TFLOP/s on computed tiles at 8K (density 0.58), 128K
 (0.22) and 512K (0.22) tokens, 0.84, 1.03 and 0.95 of the rate of FlashAttention-4's dense kernel
 (medians of 2, 4 and 2 calls). At 128K the matrix unit is busy 81 % of the time (``profile.csv``).

@@ -1,4 +1,4 @@
-"""Launch options measured on a machine, kept on disk: ``python -m experiments.tune``.
+"""Launch options measured on a machine, kept on disk: ``python -m experiments.tools.tune``.
 
 Nothing is measured in the middle of a run: the same table gives the same rounding every time, and
 without a table the options are the packaged ones.
@@ -57,7 +57,7 @@ def tuned(kernel: str, shape: dict[str, Any], default: Options) -> Options:
     except TypeError as error:
         raise ValueError(
             f"{table_path()} has launch options of another version ({error}); delete it or run "
-            "python -m experiments.tune again"
+            "python -m experiments.tools.tune again"
         ) from error
 
 

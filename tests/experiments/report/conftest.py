@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments.config import CONF
+from experiments.settings.config import CONF
 from experiments.store import RunStore
 
 NEEDLE = (
@@ -62,7 +62,7 @@ def own_outputs(outputs, tmp_path) -> Path:
 
 
 def make_runs(folder: Path) -> None:
-    from experiments.runner import run_cell
+    from experiments.run.runner import run_cell
 
     def run(*words: str) -> RunStore:
         common = ("model=tiny", "logger.mode=disabled", "check=false", f"paths.outputs={folder}")

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from experiments.leaderboard import COLUMNS, main
 from experiments.results import load
+from experiments.tools.leaderboard import COLUMNS, main
 
 
 def run(outputs, *words):

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from experiments.config import ROOT
+from experiments.settings.config import ROOT
 
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 # Pictures that a notebook draws, on the small results and on an empty folder.

@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from experiments import readme
 from experiments.report.runs import read_results
+from experiments.tools import readme
 
 
 @pytest.fixture

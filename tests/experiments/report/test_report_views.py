@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from experiments.pictures.looks import look_of, save
 from experiments.report import (
     coverage_views,
     figures,
@@ -19,8 +18,9 @@ from experiments.report import (
     times,
 )
 from experiments.report.notebook import compare_with_runs
+from experiments.report.pictures.looks import look_of, save
 from experiments.report.runs import Group, Run, read_results
-from experiments.speed.timing_report import lines_of
+from experiments.timing.timing_report import lines_of
 
 
 @pytest.fixture(scope="module")

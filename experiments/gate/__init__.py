@@ -1,0 +1,1 @@
+"""Is it right: plans, rows and coverage against exact attention."""

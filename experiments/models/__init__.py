@@ -1,0 +1,1 @@
+"""Loading models: checkpoints, random weights, several processes."""

@@ -1,0 +1,1 @@
+"""The command line, the runner of one cell, and what a command ends with."""

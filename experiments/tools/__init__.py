@@ -1,0 +1,1 @@
+"""Commands beside ``run.py``; they may use everything, and nothing uses them."""
