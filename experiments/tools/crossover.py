@@ -1,6 +1,6 @@
 """Writes the crossover table of ``method.dense_below=auto`` from results of ``make bench-gpu``.
 
-    python -m experiments.tools.crossover experiments/measured/h100_2026-11-23b
+    python -m experiments.tools.crossover experiments/measured/h100_2026-11-26
 
 Only the part "selection" decides, in which each method computes what it selects itself: times at a
 density that was set (the paper's, in "table7") say nothing about a method that selects more. Rows
@@ -74,7 +74,7 @@ def _row(folder: ResultFolder, point: Mapping[str, Any], records: Sequence[Recor
         dense_ms=round(record["dense"][record["fastest_dense"]]["median_ms"], 4),
         num_samples=point["fewest_samples"],
         inputs=f"{record['structure']} inputs, sharpness {record['sharpness']:g}",
-        source=str(record["commit"]),
+        source=str(record["commit"])[:7],
     )
 
 
