@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pbs.checks import check_choice
-from pbs.methods.base import AttentionMethod
+from pbs.methods.base import AttentionMethod, Call
 from pbs.ops.dense import DENSE_KERNELS, choose_dense_kernel, dense_attention
-from pbs.ops.grid import BlockGrid
-from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
 
 
@@ -32,19 +30,9 @@ class FlashAttention(AttentionMethod):
         super().__post_init__()
         check_choice(self.kernel, DENSE_KERNELS, name="dense kernel")
 
-    def plan(
-        self,
-        q: Tensor,
-        k: Tensor,
-        *,
-        scale: float | None = None,  # noqa: ARG002 - nothing is selected
-        layer_idx: int | None = None,  # noqa: ARG002
-    ) -> AttentionPlan:
+    def select(self, call: Call) -> AttentionPlan:
         """Every causal tile."""
-        check_attention_inputs(q, k)
-        grid = BlockGrid(q.shape[2], k.shape[2], 128, 128)
-        reason = f"dense method ({choose_dense_kernel(self.kernel, q, k)})"
-        return AttentionPlan.dense(grid, q.shape[0], q.shape[1], device=q.device, reason=reason)
+        return call.dense(f"dense method ({choose_dense_kernel(self.kernel, call.q, call.k)})")
 
     def compute_dense(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         """See the base class."""

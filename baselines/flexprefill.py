@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pbs.checks import check_block_size, check_positive_int, check_threshold
-from pbs.methods.base import AttentionMethod, Knob
+from pbs.methods.base import AttentionMethod, Call, Knob
 from pbs.ops.grid import BlockGrid
-from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.pooling import block_logits, mean_pool, softmax_over
 
@@ -75,24 +74,16 @@ class FlexPrefill(AttentionMethod):
                 f"{self.min_budget}"
             )
 
-    def plan(
-        self,
-        q: Tensor,
-        k: Tensor,
-        *,
-        scale: float | None = None,
-        layer_idx: int | None = None,  # noqa: ARG002 - the same in every layer
-    ) -> AttentionPlan:
+    def select(self, call: Call) -> AttentionPlan:
         """See the base class."""
-        check_attention_inputs(q, k)
-        scale = q.shape[3] ** -0.5 if scale is None else scale
+        q, k, scale = call.q, call.k, call.scale
         size = self.block_size
-        grid = BlockGrid(q.shape[2], k.shape[2], size, size)
+        grid = call.grid(size)
         least = -(-(self.min_budget or 1) // size)
         shortest = max(2 * size, least * size)
         if grid.num_keys <= shortest or self.gamma >= 1:
             reason = "gamma is 1" if self.gamma >= 1 else f"no more than {shortest} keys"
-            return AttentionPlan.dense(grid, q.shape[0], q.shape[1], device=q.device, reason=reason)
+            return call.dense(reason, tile=size)
         vertical, slash = last_query_attention(q, k, scale=scale, num_last=size)
         diagonal = grid.last_positions(q.device) // size
         tiles = torch.arange(grid.num_key_tiles, device=q.device)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from pbs.checks import check_block_size, check_choice, check_threshold
-from pbs.methods.base import AttentionMethod, Knob
-from pbs.ops.grid import BlockGrid, candidate_tiles
-from pbs.ops.inputs import check_attention_inputs
+from pbs.methods.base import AttentionMethod, Call, Knob
+from pbs.ops.grid import candidate_tiles
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.stages import stage
 from pbs.selectors.meanpool import MeanPoolSelector
@@ -44,18 +42,10 @@ class MeanPooling(AttentionMethod):
         check_choice(self.pad_mean, ("real", "reference"), name="pad_mean")
         self._selector = MeanPoolSelector(pad_mean=self.pad_mean)
 
-    def plan(
-        self,
-        q: Tensor,
-        k: Tensor,
-        *,
-        scale: float | None = None,
-        layer_idx: int | None = None,  # noqa: ARG002 - the same in every layer
-    ) -> AttentionPlan:
+    def select(self, call: Call) -> AttentionPlan:
         """See the base class."""
-        check_attention_inputs(q, k)
-        scale = q.shape[3] ** -0.5 if scale is None else scale
-        grid = BlockGrid(q.shape[2], k.shape[2], self.block_size, self.block_size)
+        q, k, scale = call.q, call.k, call.scale
+        grid = call.grid(self.block_size)
         last_tile = grid.last_positions(q.device) // self.block_size
         causal = torch.arange(grid.num_key_tiles, device=q.device) <= last_tile[:, None]
         _, num_past = candidate_tiles(grid, q.device)

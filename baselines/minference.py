@@ -26,10 +26,9 @@ from baselines.vertical_slash import (
     vertical_slash_lists,
 )
 from pbs.checks import check_choice, check_integer, check_table
-from pbs.methods.base import AttentionMethod, Knob
+from pbs.methods.base import AttentionMethod, Call, Knob
 from pbs.ops.block_selection import list_blocks
 from pbs.ops.grid import BlockGrid
-from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.pooling import block_logits, mean_pool
 
@@ -136,27 +135,19 @@ class MInference(AttentionMethod):
             slash_size=1 << 30,
         )
 
-    def plan(
-        self,
-        q: Tensor,
-        k: Tensor,
-        *,
-        scale: float | None = None,
-        layer_idx: int | None = None,
-    ) -> AttentionPlan:
+    def select(self, call: Call) -> AttentionPlan:
         """See the base class."""
-        check_attention_inputs(q, k)
-        scale = q.shape[3] ** -0.5 if scale is None else scale
+        q, k, scale = call.q, call.k, call.scale
         batch, num_heads = q.shape[:2]
-        grid = BlockGrid(q.shape[2], k.shape[2], TILE, TILE)
-        settings = self._head_settings(layer_idx, num_heads, grid.num_keys)
+        grid = call.grid(TILE)
+        settings = self._head_settings(call.layer_idx, num_heads, grid.num_keys)
         reason = ""
-        if self._is_below_starting_layer(layer_idx):
+        if self._is_below_starting_layer(call.layer_idx):
             reason = "layer below starting_layer"
         elif all(self._is_dense(setting, grid) for setting in settings):
             reason = "no more keys than the budget of every head"
         if reason:
-            return AttentionPlan.dense(grid, batch, num_heads, device=q.device, reason=reason)
+            return call.dense(reason, tile=TILE)
         parts = {}
         for pattern, make in (
             (VERTICAL_SLASH, self._vertical_slash_plan),

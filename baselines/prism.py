@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from pbs.checks import check_block_size, check_choice, check_integer, check_threshold
-from pbs.methods.base import AttentionMethod, Knob
+from pbs.methods.base import AttentionMethod, Call, Knob
 from pbs.ops.block_selection import select_top_p
-from pbs.ops.grid import BlockGrid
-from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.pooling import mean_pool
 from pbs.selectors.bands import band_dims, band_probabilities
@@ -53,19 +50,11 @@ class Prism(AttentionMethod):
                     raise ValueError(f"{name} must be even (pairs of dims turn), got {value}")
         check_choice(self.rope_layout, ("half", "interleaved"), name="rope_layout")
 
-    def plan(
-        self,
-        q: Tensor,
-        k: Tensor,
-        *,
-        scale: float | None = None,
-        layer_idx: int | None = None,  # noqa: ARG002 - the same in every layer
-    ) -> AttentionPlan:
+    def select(self, call: Call) -> AttentionPlan:
         """See the base class."""
-        check_attention_inputs(q, k)
+        q, k, scale = call.q, call.k, call.scale
         head_dim = q.shape[3]
-        scale = head_dim**-0.5 if scale is None else scale
-        grid = BlockGrid(q.shape[2], k.shape[2], self.block_size, self.block_size)
+        grid = call.grid(self.block_size)
         q_blocks, k_blocks = mean_pool(q, self.block_size), mean_pool(k, self.block_size)
         tiles = torch.arange(grid.num_key_tiles, device=q.device)
         causal = tiles <= (grid.last_positions(q.device) // self.block_size)[:, None]

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from pbs.checks import check_block_size, check_threshold
-from pbs.methods.base import AttentionMethod, Knob
+from pbs.methods.base import AttentionMethod, Call, Knob
 from pbs.ops.block_selection import list_blocks
 from pbs.ops.grid import BlockGrid
-from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan, own_windows
 from pbs.ops.stages import stage
 from pbs.orders.base import check_seed
@@ -59,31 +58,23 @@ class RandomBlocks(AttentionMethod):
         """See the base class."""
         return replace(self, density=1.0)
 
-    def plan(
-        self,
-        q: Tensor,
-        k: Tensor,
-        *,
-        scale: float | None = None,  # noqa: ARG002 - no score is computed
-        layer_idx: int | None = None,
-    ) -> AttentionPlan:
+    def select(self, call: Call) -> AttentionPlan:
         """See the base class."""
-        check_attention_inputs(q, k)
-        batch, num_heads = q.shape[:2]
-        grid = BlockGrid(q.shape[2], k.shape[2], self.block_size, self.block_size)
+        device, (batch, num_heads) = call.q.device, call.q.shape[:2]
+        grid = call.grid(self.block_size)
         past, num_free = free_blocks(
-            grid, q.device, density=self.density, sink=self.force_select_first_block
+            grid, device, density=self.density, sink=self.force_select_first_block
         )
         start = scramble(torch.tensor(self.seed % 2**32))
-        start = scramble(start + (0 if layer_idx is None else layer_idx + 1))
+        start = scramble(start + (0 if call.layer_idx is None else call.layer_idx + 1))
         with stage("selection"):
-            heads = scramble(torch.arange(num_heads, device=q.device) + int(start))
+            heads = scramble(torch.arange(num_heads, device=device) + int(start))
             # Head by head: the ranks of all heads would take as much memory as their scores.
             chosen = torch.stack([_draw(head, grid, past, num_free) for head in heads])
             if self.force_select_first_block:
-                chosen[..., 0] = grid.first_positions(q.device) >= grid.key_tile
+                chosen[..., 0] = grid.first_positions(device) >= grid.key_tile
             blocks, num_blocks = list_blocks(chosen[None])
-        windows = own_windows(grid, q.device)
+        windows = own_windows(grid, device)
         return AttentionPlan(grid, batch, num_heads, blocks, num_blocks, *windows)
 
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from pbs.checks import check_block_size, check_integer
-from pbs.methods.base import AttentionMethod, Knob
+from pbs.methods.base import AttentionMethod, Call, Knob
 from pbs.ops.block_selection import list_blocks
 from pbs.ops.grid import BlockGrid
-from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
 
 
@@ -59,26 +58,18 @@ class StreamingLLM(AttentionMethod):
         """See the base class."""
         return replace(self, n_local=1 << 30)
 
-    def plan(
-        self,
-        q: Tensor,
-        k: Tensor,
-        *,
-        scale: float | None = None,  # noqa: ARG002 - nothing is selected
-        layer_idx: int | None = None,  # noqa: ARG002 - the same in every layer
-    ) -> AttentionPlan:
+    def select(self, call: Call) -> AttentionPlan:
         """See the base class."""
-        check_attention_inputs(q, k)
-        batch, num_heads = q.shape[:2]
-        grid = BlockGrid(q.shape[2], k.shape[2], self.block_size, self.block_size)
+        device, (batch, num_heads) = call.q.device, call.q.shape[:2]
+        grid = call.grid(self.block_size)
         reason = ""
         if grid.num_keys <= self.n_init + self.n_local:
             reason = f"no more keys than n_init + n_local={self.n_init + self.n_local}"
         elif grid.num_queries <= self.num_last_full:
             reason = f"no more queries than num_last_full={self.num_last_full}"
         if reason:
-            return AttentionPlan.dense(grid, batch, num_heads, device=q.device, reason=reason)
-        sizes = torch.tensor([[self.n_init, self.n_local]], device=q.device)
+            return call.dense(reason, tile=self.block_size)
+        sizes = torch.tensor([[self.n_init, self.n_local]], device=device)
         whole, partial = a_shape_tiles(grid, sizes, num_last_full=self.num_last_full)
         blocks, num_blocks = list_blocks(whole[None])
         tiles, num_windows = list_blocks(partial[None])

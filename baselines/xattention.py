@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from pbs.checks import check_block_size, check_choice, check_table
-from pbs.methods.base import AttentionMethod, Knob
+from pbs.methods.base import AttentionMethod, Call, Knob
 from pbs.ops.antidiagonal import antidiagonal_block_sums, query_groups
 from pbs.ops.grid import BlockGrid
-from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.plan import AttentionPlan
 from pbs.selectors.antidiagonal import check_stride
 
@@ -62,19 +61,11 @@ class XAttention(AttentionMethod):
             backend=self.backend, block_size=self.block_size, stride=self.stride, threshold=1.0
         )
 
-    def plan(
-        self,
-        q: Tensor,
-        k: Tensor,
-        *,
-        scale: float | None = None,
-        layer_idx: int | None = None,
-    ) -> AttentionPlan:
+    def select(self, call: Call) -> AttentionPlan:
         """See the base class."""
-        check_attention_inputs(q, k)
-        scale = q.shape[3] ** -0.5 if scale is None else scale
-        grid = BlockGrid(q.shape[2], k.shape[2], self.block_size, self.block_size)
-        threshold = self._threshold_of(layer_idx, q.shape[1]).to(q.device)
+        q, k, scale = call.q, call.k, call.scale
+        grid = call.grid(self.block_size)
+        threshold = self._threshold_of(call.layer_idx, q.shape[1]).to(q.device)
         sums = antidiagonal_block_sums(q, k, stride=self.stride, scale=scale, grid=grid)
         total = query_groups(grid, self.stride, q.device).float()
         tiles = torch.arange(grid.num_key_tiles, device=q.device)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from experiments.timing.prefill_timing import first_token
 from pbs.methods import AttentionMethod
-from pbs.ops.grid import BlockGrid
+from pbs.methods.base import Call
 from pbs.ops.plan import AttentionPlan
 from pbs.patch.huggingface import apply_patch_with_prefill
 
@@ -25,17 +25,9 @@ class _Capture(AttentionMethod):
     inputs: tuple[Tensor, Tensor, Tensor] | None = None
     _layer_idx: int | None = None
 
-    def plan(
-        self,
-        q: Tensor,
-        k: Tensor,
-        *,
-        scale: float | None = None,  # noqa: ARG002 - nothing is selected
-        layer_idx: int | None = None,
-    ) -> AttentionPlan:
-        self._layer_idx = layer_idx
-        grid = BlockGrid(q.shape[2], k.shape[2], 128, 128)
-        return AttentionPlan.dense(grid, q.shape[0], q.shape[1], device=q.device, reason="captured")
+    def select(self, call: Call) -> AttentionPlan:
+        self._layer_idx = call.layer_idx
+        return call.dense("captured")
 
     def compute_dense(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         if self._layer_idx == self.layer:

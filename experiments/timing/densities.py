@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pbs.methods.base import AttentionMethod
+from pbs.methods.base import AttentionMethod, Call
 from pbs.ops.grid import BlockGrid
 from pbs.ops.plan import AttentionPlan
 
@@ -55,14 +55,7 @@ class ControlledDensity(AttentionMethod):
         if not 0 < self.target_density <= 1:
             raise ValueError(f"target_density must lie in (0, 1], got {self.target_density}")
 
-    def plan(
-        self,
-        q: Tensor,
-        k: Tensor,
-        *,
-        scale: float | None = None,
-        layer_idx: int | None = None,
-    ) -> AttentionPlan:
+    def select(self, call: Call) -> AttentionPlan:
         """See the base class; a plan that is dense stays so.
 
         Raises:
@@ -70,7 +63,7 @@ class ControlledDensity(AttentionMethod):
                 that differ between heads.
             UnreachableDensityError: the density is less than what is always computed.
         """
-        own = self.method.plan(q, k, scale=scale, layer_idx=layer_idx)
+        own = self.method.select(call)
         if own.is_dense:
             return own
         special = (own.columns, own.query_order, own.local_window)

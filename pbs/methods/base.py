@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
@@ -57,6 +56,32 @@ Recorder = Callable[[CallRecord], None]
 
 
 @dataclass(frozen=True)
+class Call:
+    """What a method selects for: one call on checked tensors, without padding.
+
+    Attributes:
+        q: ``[Z, Hq, Nq, D]``, after RoPE.
+        k: ``[Z, Hkv, Nk, D]``, Hq a multiple of Hkv, Nk >= Nq; queries are the last Nq tokens.
+        scale: factor of the logits, positive.
+        layer_idx: for methods with settings per layer; None if the caller did not say.
+    """
+
+    q: Tensor
+    k: Tensor
+    scale: float
+    layer_idx: int | None = None
+
+    def grid(self, tile: int) -> BlockGrid:
+        """The tiles of this call, ``tile`` queries by ``tile`` keys."""
+        return BlockGrid(self.q.shape[2], self.k.shape[2], tile, tile)
+
+    def dense(self, reason: str, *, tile: int = 128) -> AttentionPlan:
+        """A plan of plain causal attention; ``reason`` says why."""
+        heads = self.q.shape[:2]
+        return AttentionPlan.dense(self.grid(tile), *heads, device=self.q.device, reason=reason)
+
+
+@dataclass(frozen=True)
 class Knob:
     """The parameter that trades accuracy for speed, for comparisons at equal density or coverage.
 
@@ -80,11 +105,11 @@ class Knob:
 
 
 @dataclass(kw_only=True)
-class AttentionMethod(ABC):
+class AttentionMethod:
     """Decides what to compute; the kernels of ``pbs.ops`` compute it.
 
     A method is a dataclass: its fields are its parameters, with their defaults, checked in
-    ``__post_init__``. It overrides :meth:`plan` and nothing else.
+    ``__post_init__``. It overrides :meth:`select` and nothing else.
 
     Args:
         backend: who computes a sparse plan, see :class:`pbs.ops.block_sparse_attention.Backend`:
@@ -131,7 +156,13 @@ class AttentionMethod(ABC):
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "recorder": None}
 
-    @abstractmethod
+    def select(self, call: Call) -> AttentionPlan:
+        """What to compute for checked queries and keys: the one thing a method has to say.
+
+        Autograd and autocast are off.
+        """
+        raise NotImplementedError(f"{type(self).__name__} selects nothing: give it select(call)")
+
     def plan(
         self,
         q: Tensor,
@@ -149,10 +180,18 @@ class AttentionMethod(ABC):
             layer_idx: for methods with settings per layer.
 
         Raises:
-            ValueError: shapes do not fit.
+            ValueError: shapes or devices do not fit, or the scale is not positive.
+            TypeError: dtypes differ, or something is no dense tensor.
         """
+        check_attention_inputs(q, k)
+        _check_scale(scale)
+        # What is selected is no function that has a gradient.
+        with torch.no_grad(), as_given(q):
+            return self.select(
+                Call(q, k, q.shape[3] ** -0.5 if scale is None else scale, layer_idx)
+            )
 
-    def check_model(self, *, num_layers: int, num_heads: int | None) -> None:  # noqa: B027
+    def check_model(self, *, num_layers: int, num_heads: int | None) -> None:
         """Refuse a model that the parameters were not made for; the patch asks before it begins.
 
         Methods with settings per layer or head override this; others fit every model.
@@ -250,11 +289,9 @@ class AttentionMethod(ABC):
             scale = q.shape[3] ** -0.5
         reason = self.reason_to_run_dense(q, k)
         if reason:
-            grid = BlockGrid(q.shape[2], k.shape[2], 128, 128)
-            plan = AttentionPlan.dense(grid, q.shape[0], q.shape[1], device=q.device, reason=reason)
+            plan = Call(q, k, scale, layer_idx).dense(reason)
         else:
-            # What is selected is no function that has a gradient.
-            with stage("selection"), torch.no_grad(), as_given(q):
+            with stage("selection"):
                 plan = self.plan(q, k, scale=scale, layer_idx=layer_idx)
         if not plan.is_dense and self.backend != Backend.REFERENCE.value:
             refuse_gradient(q, k, v)  # before the call is recorded as one that ran

@@ -14,9 +14,8 @@ from pbs.checks import (
     check_segment_size,
     check_threshold,
 )
-from pbs.methods.base import AttentionMethod, Knob
+from pbs.methods.base import AttentionMethod, Call, Knob
 from pbs.ops.grid import BlockGrid, candidate_tiles
-from pbs.ops.inputs import check_attention_inputs
 from pbs.ops.permutation import gather_and_pool, gather_keys
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.stages import stage
@@ -98,26 +97,13 @@ class PBS(AttentionMethod):
             settings.setdefault("pad_mean", self.pad_mean)
         return settings
 
-    def plan(
-        self,
-        q: Tensor,
-        k: Tensor,
-        *,
-        scale: float | None = None,
-        layer_idx: int | None = None,  # noqa: ARG002 - the same in every layer
-    ) -> AttentionPlan:
+    def select(self, call: Call) -> AttentionPlan:
         """See the base class. Steps as in Algorithm 1: order, scores, selection, forced blocks."""
-        check_attention_inputs(q, k)
-        scale = q.shape[3] ** -0.5 if scale is None else scale
-        grid = BlockGrid(q.shape[2], k.shape[2], self.block_size, self.block_size)
+        q, k, scale = call.q, call.k, call.scale
+        grid = call.grid(self.block_size)
         if grid.num_keys <= self.segment_size:
-            return AttentionPlan.dense(
-                grid,
-                q.shape[0],
-                q.shape[1],
-                device=q.device,
-                reason=f"no more keys than segment_size={self.segment_size}",
-            )
+            reason = f"no more keys than segment_size={self.segment_size}"
+            return call.dense(reason, tile=self.block_size)
         candidates, num_candidates = candidate_tiles(
             grid,
             q.device,

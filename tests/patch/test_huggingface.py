@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionMaskInterface, StaticCache
 from transformers import AutoModelForCausalLM as AutoModel
 
-from pbs import AttentionPlan, BlockGrid, Geometry, build_method
+from pbs import AttentionPlan, Geometry, build_method
 from pbs.patch.huggingface import (
     PaddingMask,
     apply_patch_with_prefill,
@@ -688,9 +688,9 @@ def test_a_method_with_a_plan_of_its_own_runs():
 
     @dataclass(kw_only=True)
     class OnlyOwnTile(AttentionMethod):
-        def plan(self, q, k, *, scale=None, layer_idx=None):
-            grid = BlockGrid(q.shape[2], k.shape[2], 16, 16)
-            none = torch.zeros(*q.shape[:2], grid.num_query_tiles, grid.num_key_tiles).bool()
+        def select(self, call):
+            grid = call.grid(16)
+            none = torch.zeros(*call.q.shape[:2], grid.num_query_tiles, grid.num_key_tiles).bool()
             return AttentionPlan.from_block_mask(none, grid)
 
     model = make_model("llama")

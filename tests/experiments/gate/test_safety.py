@@ -10,7 +10,7 @@ import experiments.gate.safety as gate_module
 from baselines.flash import FlashAttention
 from experiments.gate import plans as gate_plans
 from experiments.gate.safety import GateError, run_gate
-from pbs import AttentionMethod, AttentionPlan, BlockGrid, build_method
+from pbs import AttentionMethod, AttentionPlan, build_method
 from pbs.methods.pbs import PBS
 from pbs.patch.huggingface import apply_patch_with_prefill
 from tests.patch.models import make_model
@@ -70,9 +70,9 @@ def test_lengthens_the_prompt_until_the_method_runs_sparse(llama):
 def test_a_method_without_a_dense_setting_says_so(llama):
     @dataclass(kw_only=True)
     class Fixed(AttentionMethod):
-        def plan(self, q, k, *, scale=None, layer_idx=None):
-            grid = BlockGrid(q.shape[2], k.shape[2], 16, 16)
-            none = torch.zeros(*q.shape[:2], grid.num_query_tiles, grid.num_key_tiles).bool()
+        def select(self, call):
+            grid = call.grid(16)
+            none = torch.zeros(*call.q.shape[:2], grid.num_query_tiles, grid.num_key_tiles).bool()
             return AttentionPlan.from_block_mask(none, grid)
 
     assert "has no setting" in gate(llama, Fixed()).densest
