@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from baselines.minference_config import (
     A_SHAPE,
@@ -183,11 +184,12 @@ class MInference(AttentionMethod):
         blocks, num_blocks = lists.windows[:1, :1, :, :0], torch.zeros_like(lists.num_windows)
         return AttentionPlan(grid, q.shape[0], len(heads), blocks, num_blocks[:1, :1], *lists)
 
+    @override
     def _a_shape_plan(
         self,
         q: Tensor,
-        k: Tensor,  # noqa: ARG002 - nothing is selected
-        scale: float,  # noqa: ARG002
+        k: Tensor,
+        scale: float,
         grid: BlockGrid,
         settings: list[HeadSetting],
         heads: list[int],
@@ -202,13 +204,14 @@ class MInference(AttentionMethod):
         lists = (blocks, num_blocks, tiles.int() * TILE, num_windows)
         return AttentionPlan(grid, q.shape[0], len(heads), *lists, local_window=sizes)
 
+    @override
     def _block_sparse_plan(
         self,
         q: Tensor,
         k: Tensor,
-        scale: float,  # noqa: ARG002 - does not change the ranking
+        scale: float,
         grid: BlockGrid,
-        settings: list[HeadSetting],  # noqa: ARG002 - top_k is the same for all
+        settings: list[HeadSetting],
         heads: list[int],
     ) -> AttentionPlan:
         """Plan of the block-sparse heads: the key tiles with the largest pooled logits."""

@@ -18,6 +18,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from typing_extensions import override
 
 from experiments.settings.credentials import hide
 
@@ -54,7 +55,8 @@ class _LogLines(logging.Formatter):
 class _LogFile(logging.FileHandler):
     """A log that cannot be written, on a full disk, costs one message and no traceback."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002 - logging's name
+    @override
+    def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
         logging.getLogger().removeHandler(self)
         logger.warning("%s: the log ends here: %s", self.baseFilename, error)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pbs.orders.base import ImportanceOrder
 
@@ -14,6 +15,7 @@ from pbs.orders.base import ImportanceOrder
 class AverageQueryOrder(ImportanceOrder):
     """Importance by one query, the mean of all (an ablation of arXiv 2510.21270)."""
 
-    def proxy_queries(self, q: Tensor, *, block_size: int) -> Tensor:  # noqa: ARG002
+    @override
+    def proxy_queries(self, q: Tensor, *, block_size: int) -> Tensor:
         """The mean query, fp32 ``[Z, Hq, 1, D]``."""
         return q.mean(dim=2, keepdim=True, dtype=torch.float32)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from typing_extensions import override
 
 from pbs.orders.base import Order
 
@@ -26,12 +27,13 @@ class GreedyOrder(Order):
     Source: the ablation "greedy" of arXiv 2510.21270. All segments and heads choose at once.
     """
 
+    @override
     def compute(
         self,
         q: Tensor,
         k: Tensor,
         *,
-        scale: float,  # noqa: ARG002 - only the ranking of the similarities matters
+        scale: float,
         block_size: int,
         segment_size: int,
         shared: bool,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import override
 
 from pbs.orders.base import Order
 
@@ -13,15 +14,16 @@ from pbs.orders.base import Order
 class NaturalOrder(Order):
     """Keys stay where they are."""
 
+    @override
     def compute(
         self,
-        q: Tensor,  # noqa: ARG002 - the interface of all orders
-        k: Tensor,  # noqa: ARG002
+        q: Tensor,
+        k: Tensor,
         *,
-        scale: float,  # noqa: ARG002
-        block_size: int,  # noqa: ARG002
-        segment_size: int,  # noqa: ARG002
-        shared: bool,  # noqa: ARG002
+        scale: float,
+        block_size: int,
+        segment_size: int,
+        shared: bool,
     ) -> None:
         """See the base class."""
         return

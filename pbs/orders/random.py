@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pbs.ops.permutation import sort_segments
 from pbs.orders.base import Order, check_seed
@@ -33,13 +34,14 @@ class RandomOrder(Order):
     def __post_init__(self) -> None:
         check_seed(self.seed)
 
+    @override
     def compute(
         self,
         q: Tensor,
         k: Tensor,
         *,
-        scale: float,  # noqa: ARG002 - the interface of all orders
-        block_size: int,  # noqa: ARG002
+        scale: float,
+        block_size: int,
         segment_size: int,
         shared: bool,
     ) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import override
 
 from pbs.checks import check_choice
 from pbs.ops.block_selection import select_pooled_blocks
@@ -38,6 +39,7 @@ class MeanPoolSelector(Selector):
         k_blocks = mean_pool(k, grid.key_tile, pad_mean=self.pad_mean)
         return softmax_over(block_logits(q_blocks, k_blocks) * scale, candidates)
 
+    @override
     def select(
         self,
         q: Tensor,
@@ -45,12 +47,12 @@ class MeanPoolSelector(Selector):
         *,
         scale: float,
         grid: BlockGrid,
-        candidates: Tensor,  # noqa: ARG002 - their number says it all
+        candidates: Tensor,
         num_candidates: Tensor,
         limits: Tensor,
         threshold: float,
         forced: Tensor | None,
-        own: OwnKeys | None = None,  # noqa: ARG002 - they take no part
+        own: OwnKeys | None = None,
         k_means: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See the base class. The probabilities are never in memory."""

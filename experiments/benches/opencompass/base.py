@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from typing_extensions import override
+
 from experiments.benches.base import Bench, Context
 from experiments.benches.opencompass.files import MissingDataError, find_folder
 from experiments.run_environments import prefill_times
@@ -135,7 +137,8 @@ class OpenCompassBench(Bench):
     def dataset(self, part: Part, cfg: RunConfig) -> Any:
         """OpenCompass's config of the data set."""
 
-    def facts(self, sample: Record, score: float) -> Record:  # noqa: ARG002 - most add nothing
+    @override
+    def facts(self, sample: Record, score: float) -> Record:
         """What else a record says about its sample."""
         return {}
 
@@ -143,7 +146,8 @@ class OpenCompassBench(Bench):
         """The overall score and what it is made of, from the scores of the parts."""
         return {"score": mean(cell["score"] for cell in cells)}
 
-    def weight(self, labels: Record, cells: Sequence[Record]) -> float:  # noqa: ARG002
+    @override
+    def weight(self, labels: Record, cells: Sequence[Record]) -> float:
         """Share of a part in the overall score; the weights of all ``cells`` add up to 1."""
         return 1 / len(cells)
 

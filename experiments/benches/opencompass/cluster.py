@@ -22,6 +22,7 @@ from opencompass.registry import MODELS
 from opencompass.runners import LocalRunner, SlurmRunner
 from opencompass.runners import slurm as slurm_module
 from transformers import AutoTokenizer
+from typing_extensions import override
 
 from experiments.benches.base import Context
 from experiments.benches.opencompass.base import OpenCompassBench, Part
@@ -166,7 +167,8 @@ class AnsweredModel(PatchedModel):
         self._answers = {int(answer["sample_id"].rpartition("/")[2]): answer for answer in answers}
         self._log = log
 
-    def answer_sample(self, index: int, text: str, max_out_len: int) -> Record:  # noqa: ARG002
+    @override
+    def answer_sample(self, index: int, text: str, max_out_len: int) -> Record:
         """See the base class.
 
         Raises:

@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from typing_extensions import override
+
 from experiments.benches.opencompass.base import OpenCompassBench, Part, mean
 from experiments.benches.opencompass.columns import Column, filled_text, text, texts
 from experiments.benches.opencompass.files import fetch, find_folder, read_rows, require
@@ -69,7 +71,8 @@ class LongBench(OpenCompassBench):
             return [ARCHIVE] * len(names)
         return names
 
-    def prepare_data(self, cfg: RunConfig) -> None:  # noqa: ARG002 - the files are not the model's
+    @override
+    def prepare_data(self, cfg: RunConfig) -> None:
         """See the base class."""
         if self.data_dir is None:
             path = fetch(REPOSITORY, ARCHIVE, advice=ADVICE)
@@ -90,7 +93,8 @@ class LongBench(OpenCompassBench):
         member = f"data/{part.key}.jsonl" if path.suffix == ".zip" else None
         return len(read_rows(path, columns_of(part.key), member))
 
-    def dataset(self, part: Part, cfg: RunConfig) -> Any:  # noqa: ARG002 - as above
+    @override
+    def dataset(self, part: Part, cfg: RunConfig) -> Any:
         """See the base class."""
         return make_dataset(part.key, self._paths[part.key])
 

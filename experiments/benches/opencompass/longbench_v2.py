@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from typing_extensions import override
+
 from experiments.benches.opencompass.base import OpenCompassBench, Part, group, measure
 from experiments.benches.opencompass.columns import filled_text, one_of, text
 from experiments.benches.opencompass.files import fetch, find_folder, read_rows, require
@@ -53,12 +55,14 @@ class LongBenchV2(OpenCompassBench):
     tasks: list[str] = field(default_factory=lambda: ["longbench_v2"])
     max_out_len: int | None = 2048
 
+    @override
     @classmethod
-    def data_files(cls, folder: Path, tasks: Sequence[str]) -> list[str]:  # noqa: ARG003
+    def data_files(cls, folder: Path, tasks: Sequence[str]) -> list[str]:
         """See the base class."""
         return [FILE]
 
-    def prepare_data(self, cfg: RunConfig) -> None:  # noqa: ARG002 - the file is not the model's
+    @override
+    def prepare_data(self, cfg: RunConfig) -> None:
         """See the base class."""
         if self.data_dir is None:
             self._path = fetch(REPOSITORY, FILE, advice=ADVICE)
@@ -70,11 +74,13 @@ class LongBenchV2(OpenCompassBench):
         """See the base class."""
         return [Part("longbench_v2", {"task": "longbench_v2"})]
 
-    def num_rows(self, part: Part) -> int:  # noqa: ARG002 - there is only one
+    @override
+    def num_rows(self, part: Part) -> int:
         """See the base class."""
         return len(read_rows(self._path, COLUMNS))
 
-    def dataset(self, part: Part, cfg: RunConfig) -> Any:  # noqa: ARG002 - as above
+    @override
+    def dataset(self, part: Part, cfg: RunConfig) -> Any:
         """See the base class."""
         return make_dataset(self._path)
 

@@ -18,6 +18,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from typing_extensions import override
 
 from experiments.benches.needle import NOT_FINITE
 from experiments.benches.opencompass.prompts import render, tokenize
@@ -97,7 +98,8 @@ class PatchedModel(BaseModel):
             )
         return record["completion"]
 
-    def answer_sample(self, index: int, text: str, max_out_len: int) -> Record:  # noqa: ARG002
+    @override
+    def answer_sample(self, index: int, text: str, max_out_len: int) -> Record:
         """Answer the prompt of a sample; see :meth:`answer`."""
         return self.answer(text, max_out_len)
 
@@ -183,7 +185,8 @@ class PatchedModel(BaseModel):
 class _FiniteLogits(LogitsProcessor):
     """Changes nothing; refuses logits whose largest entry is no answer."""
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+    @override
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if not scores.max(dim=-1).values.isfinite().all():  # NaN counts as the largest
             raise ValueError(NOT_FINITE)
         return scores
@@ -200,7 +203,8 @@ class _FirstToken(StoppingCriteria):
     def start(self) -> None:
         self._started = time.perf_counter()
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # noqa: ARG002
+    @override
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         if self.report is None:
             self._loaded.synchronise()
             self.seconds = time.perf_counter() - self._started

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from typing_extensions import override
+
 from experiments.benches.base import Context
 from experiments.benches.opencompass.base import OpenCompassBench, Part, group, mean, measure
 from experiments.benches.opencompass.files import find_folder, require
@@ -91,8 +93,9 @@ class Ruler(OpenCompassBench):
         is_standard = self.num_samples >= NUM_SAMPLES and set(self.lengths) == set(LENGTHS)
         return super().is_partial or not is_standard
 
+    @override
     @classmethod
-    def data_files(cls, folder: Path, tasks: Sequence[str]) -> list[str]:  # noqa: ARG003
+    def data_files(cls, folder: Path, tasks: Sequence[str]) -> list[str]:
         """See the base class."""
         return sorted({TASKS[task] for task in tasks} - {None})
 
@@ -131,7 +134,8 @@ class Ruler(OpenCompassBench):
             for task in self.tasks
         ]
 
-    def num_rows(self, part: Part) -> int:  # noqa: ARG002 - the same for all
+    @override
+    def num_rows(self, part: Part) -> int:
         """See the base class."""
         return self.num_samples
 
