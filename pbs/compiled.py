@@ -79,12 +79,5 @@ def attention(
 
 
 @attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,  # noqa: ARG001 - the operator's signature, like all that follow
-    v: Tensor,  # noqa: ARG001
-    method: int,  # noqa: ARG001
-    scale: float | None,  # noqa: ARG001
-    layer_idx: int | None,  # noqa: ARG001
-) -> Tensor:
+def _(q: Tensor, *_: object) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -14,6 +14,8 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, spec_from_loader
 from types import ModuleType
 
+from typing_extensions import override
+
 ALIAS, REAL = "pbs_attn", "pbs"
 
 
@@ -28,11 +30,12 @@ class AliasLoader(Loader):
 class AliasFinder(MetaPathFinder):
     """Finds ``pbs_attn.<name>`` wherever ``pbs.<name>`` exists."""
 
+    @override
     def find_spec(
         self,
         fullname: str,
-        path: Sequence[str] | None = None,  # noqa: ARG002 - the protocol's signature
-        target: ModuleType | None = None,  # noqa: ARG002
+        path: Sequence[str] | None = None,
+        target: ModuleType | None = None,
     ) -> ModuleSpec | None:
         """A spec for the alias, or None for names of other packages and missing modules."""
         if not fullname.startswith(f"{ALIAS}.") or find_spec(_real_name(fullname)) is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -16,14 +16,13 @@ from pbs.checks import (
 )
 from pbs.methods.base import AttentionMethod, Call, Knob
 from pbs.ops.grid import BlockGrid, candidate_tiles
-from pbs.ops.permutation import gather_and_pool, gather_keys
+from pbs.ops.permutation import gather_keys
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.stages import stage
 from pbs.orders import build_order
-from pbs.orders.adaptive import AdaptiveOrder, Arrangement
+from pbs.orders.base import Arrangement
 from pbs.orders.queries import gather_queries, order_queries
-from pbs.selectors import build_selector
-from pbs.selectors.meanpool import MeanPoolSelector
+from pbs.selectors import SELECTORS, build_selector
 from pbs.selectors.own import OwnKeys
 
 TARGETS = ("keys", "queries", "keys_then_queries", "queries_then_keys")
@@ -91,11 +90,10 @@ class PBS(AttentionMethod):
         self._selector = build_selector(self.selector, self._selector_settings())
 
     def _selector_settings(self) -> dict[str, Any]:
-        """Fields of the selector's class."""
-        settings = dict(self.selector_params)
-        if self.selector == "meanpool":
-            settings.setdefault("pad_mean", self.pad_mean)
-        return settings
+        """Fields of the selector's class; ``pad_mean`` is for those that have it."""
+        known = {parameter.name for parameter in fields(SELECTORS.load(self.selector))}
+        shared = {"pad_mean": self.pad_mean} if "pad_mean" in known else {}
+        return shared | self.selector_params
 
     def select(self, call: Call) -> AttentionPlan:
         """See the base class. Steps as in Algorithm 1: order, scores, selection, forced blocks."""
@@ -115,11 +113,11 @@ class PBS(AttentionMethod):
             q, query_order = self._move_queries(q, k, candidates)
         with stage("order"):
             order = self._order_keys(q, k, scale)
-            if order is not None and isinstance(self._order, AdaptiveOrder):
+            if order is not None and self._order.is_adaptive:
                 order = self._adapt(q, k, order, scale, grid, candidates, query_order)
         if order is not None:
             with stage("gather"):
-                ordered, k_means = self._gather(k, order)
+                ordered, k_means = self._selector.gather(k, order, tile=self.block_size)
         keys = k if ordered is None else ordered
         if self.target == "keys_then_queries":
             q, query_order = self._move_queries(q, keys, candidates)
@@ -176,7 +174,6 @@ class PBS(AttentionMethod):
         query_order: Tensor | None,
     ) -> Tensor:
         """The order in the heads that gain by it, natural order in the others, ``[Z, Ho, Nk]``."""
-        assert isinstance(self._order, AdaptiveOrder)
         own = self._own_keys(k, grid, query_order)
         arrangements = []
         for keys, key_order in ((k, None), (gather_keys(k, order), order)):
@@ -205,13 +202,6 @@ class PBS(AttentionMethod):
             query_segment=self._query_segment,
             query_order=query_order,
         )
-
-    def _gather(self, k: Tensor, order: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The keys in order, and their block means if the selector goes by them."""
-        if not isinstance(self._selector, MeanPoolSelector):
-            return gather_keys(k, order), None
-        pad_mean = self._selector.pad_mean
-        return gather_and_pool(k, order, tile=self.block_size, pad_mean=pad_mean)
 
     def _move_queries(self, q: Tensor, k: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
         """The queries in their new order, and the original row at each place, ``[Z, Hq, Nq]``."""

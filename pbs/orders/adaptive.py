@@ -11,33 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from typing_extensions import override
 
 from pbs.checks import check_positive_int
 from pbs.ops.grid import BlockGrid
 from pbs.ops.permutation.reference import MAX_SCORES
 from pbs.orders import build_order
-from pbs.orders.base import Order
+from pbs.orders.base import Arrangement, Order
 
 # Fractional parts of its multiples spread evenly over [0, 1): the golden ratio.
 _GOLDEN = 0.6180339887498949
-
-
-@dataclass(frozen=True)
-class Arrangement:
-    """Keys in one order, and what the selector says about the blocks they then form.
-
-    Attributes:
-        order: original position of the key at each place, int64 ``[Z, Ho, Nk]``; None: natural.
-        probabilities: the selector's, fp32 ``[Z, Hq, Tq, Tk]``.
-        forced: blocks computed whatever the selector says, bool ``[1 or Z, 1 or Hq, 1, Tk]``.
-        covered: what counts towards the threshold before any block does, fp32 ``[Z, Hq, Tq]``; None
-            where a forced block does not count either.
-    """
-
-    order: Tensor | None
-    probabilities: Tensor
-    forced: Tensor
-    covered: Tensor | None = None
 
 
 @dataclass(kw_only=True)
@@ -64,6 +47,8 @@ class AdaptiveOrder(Order):
 
     Source: arXiv 2510.21270, section 5, future work.
     """
+
+    is_adaptive = True
 
     base: str = "last_block"
     base_params: dict[str, Any] = field(default_factory=dict)
@@ -97,6 +82,7 @@ class AdaptiveOrder(Order):
             shared=shared,
         )
 
+    @override
     def choose(
         self,
         q: Tensor,
@@ -110,23 +96,7 @@ class AdaptiveOrder(Order):
         threshold: float,
         query_order: Tensor | None = None,
     ) -> Tensor:
-        """The permuted order in the heads that gain, natural order in the others.
-
-        Args:
-            q: ``[Z, Hq, Nq, D]`` in plan order.
-            k: ``[Z, Hkv, Nk, D]`` in natural order.
-            natural: no key moved.
-            permuted: keys in the base order.
-            scale: factor of the logits.
-            grid: the blocks.
-            candidates: blocks that may be selected, bool ``[Tq, Tk]``.
-            threshold: cumulative block probability that the method will select (τ).
-            query_order: original row of the query at each place, int64 ``[Z, Hq, Nq]``; None if no
-                query moved.
-
-        Returns:
-            int64 ``[Z, Ho, Nk]``, the identity in the heads that do not gain.
-        """
+        """See the base class."""
         assert permuted.order is not None
         rows = sample_rows(grid.num_queries, self.num_rows, device=q.device)
         places = rows if query_order is None else query_order[:, :, rows]

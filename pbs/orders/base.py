@@ -6,15 +6,41 @@ Legend: see :mod:`pbs.ops.grid`; P proxy queries.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from pbs.ops.grid import BlockGrid
 from pbs.ops.permutation import importance_order
 
 
+@dataclass(frozen=True)
+class Arrangement:
+    """Keys in one order, and what the selector says about the blocks they then form.
+
+    Attributes:
+        order: original position of the key at each place, int64 ``[Z, Ho, Nk]``; None: natural.
+        probabilities: the selector's, fp32 ``[Z, Hq, Tq, Tk]``.
+        forced: blocks computed whatever the selector says, bool ``[1 or Z, 1 or Hq, 1, Tk]``.
+        covered: what counts towards the threshold before any block does, fp32 ``[Z, Hq, Tq]``; None
+            where a forced block does not count either.
+    """
+
+    order: Tensor | None
+    probabilities: Tensor
+    forced: Tensor
+    covered: Tensor | None = None
+
+
 class Order(ABC):
-    """A permutation of the keys inside each complete segment."""
+    """A permutation of the keys inside each complete segment.
+
+    ``is_adaptive``: whether :meth:`choose` has a say once the keys are in this order.
+    """
+
+    is_adaptive: ClassVar[bool] = False
 
     @abstractmethod
     def compute(
@@ -41,6 +67,38 @@ class Order(ABC):
             Original position of the key at each place, int64 ``[Z, Ho, Nk]`` with Ho = Hkv if
             ``shared`` else Hq; the incomplete last segment keeps its order. None: no key moves.
         """
+
+    def choose(
+        self,
+        q: Tensor,
+        k: Tensor,
+        natural: Arrangement,
+        permuted: Arrangement,
+        *,
+        scale: float,
+        grid: BlockGrid,
+        candidates: Tensor,
+        threshold: float,
+        query_order: Tensor | None = None,
+    ) -> Tensor:
+        """The permuted order in the heads that gain, natural order in the others.
+
+        Args:
+            q: ``[Z, Hq, Nq, D]`` in plan order.
+            k: ``[Z, Hkv, Nk, D]`` in natural order.
+            natural: no key moved.
+            permuted: keys in the base order.
+            scale: factor of the logits.
+            grid: the blocks.
+            candidates: blocks that may be selected, bool ``[Tq, Tk]``.
+            threshold: cumulative block probability that the method will select (τ).
+            query_order: original row of the query at each place, int64 ``[Z, Hq, Nq]``; None if no
+                query moved.
+
+        Returns:
+            int64 ``[Z, Ho, Nk]``, the identity in the heads that do not gain.
+        """
+        raise NotImplementedError(f"{type(self).__name__} moves keys in every head")
 
 
 class ImportanceOrder(Order):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pbs.ops.block_selection import select_top_p_blocks
 from pbs.ops.grid import BlockGrid
+from pbs.ops.permutation import gather_keys
 from pbs.selectors.own import OwnKeys
 
 
@@ -40,7 +41,7 @@ class Selector(ABC):
         scale: float,
         grid: BlockGrid,
         candidates: Tensor,
-        own: OwnKeys | None,  # noqa: ARG002 - for selectors that credit them
+        own: OwnKeys | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Block probabilities, and what a query's own keys hold beside them.
 
@@ -58,10 +59,26 @@ class Selector(ABC):
             ``covered`` of :func:`pbs.ops.block_selection.select_top_p_blocks`). None, unless a
             selector overrides this: own keys take no part, rows are probabilities as above.
         """
+        del own  # for selectors that credit them
         probabilities = self.block_probabilities(
             q, k, scale=scale, grid=grid, candidates=candidates
         )
         return probabilities, None
+
+    def gather(self, k: Tensor, order: Tensor, *, tile: int) -> tuple[Tensor, Tensor | None]:
+        """The keys in an order, and the means of their blocks if the selector goes by them.
+
+        Args:
+            k: ``[Z, Hkv, Nk, D]`` in natural order.
+            order: original position of the key at each place, ``[Z, Ho, Nk]``.
+            tile: keys per block (B).
+
+        Returns:
+            ``[Z, Ho, Nk, D]`` in k's dtype, and fp32 ``[Z, Ho, Tk, D]`` or None, as
+            :meth:`select` takes them.
+        """
+        del tile  # for selectors that pool
+        return gather_keys(k, order), None
 
     def select(
         self,
@@ -76,7 +93,7 @@ class Selector(ABC):
         threshold: float,
         forced: Tensor | None,
         own: OwnKeys | None = None,
-        k_means: Tensor | None = None,  # noqa: ARG002 - for selectors that pool by the mean
+        k_means: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The fewest blocks whose probability reaches the threshold.
 
@@ -97,6 +114,7 @@ class Selector(ABC):
         Returns:
             As :func:`pbs.ops.block_selection.select_top_p_blocks`.
         """
+        del k_means  # for selectors that pool by the mean
         probabilities, covered = self.block_scores(
             q, k, scale=scale, grid=grid, candidates=candidates, own=own
         )

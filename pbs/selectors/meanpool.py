@@ -10,6 +10,7 @@ from typing_extensions import override
 from pbs.checks import check_choice
 from pbs.ops.block_selection import select_pooled_blocks
 from pbs.ops.grid import BlockGrid
+from pbs.ops.permutation import gather_and_pool
 from pbs.ops.pooling import block_logits, mean_pool, softmax_over
 from pbs.selectors.base import Selector
 from pbs.selectors.own import OwnKeys
@@ -38,6 +39,11 @@ class MeanPoolSelector(Selector):
         q_blocks = mean_pool(q, grid.query_tile, pad_mean=self.pad_mean)
         k_blocks = mean_pool(k, grid.key_tile, pad_mean=self.pad_mean)
         return softmax_over(block_logits(q_blocks, k_blocks) * scale, candidates)
+
+    @override
+    def gather(self, k: Tensor, order: Tensor, *, tile: int) -> tuple[Tensor, Tensor | None]:
+        """See the base class. One pass over the keys does both."""
+        return gather_and_pool(k, order, tile=tile, pad_mean=self.pad_mean)
 
     @override
     def select(

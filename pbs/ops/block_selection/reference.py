@@ -86,9 +86,10 @@ def select_pooled_blocks(
     candidates: Tensor,
     limits: Tensor,
     forced: Tensor | None,
-    grid: BlockGrid | None,  # noqa: ARG001 - all logits are computed
+    grid: BlockGrid | None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pbs.ops.block_selection.api.select_pooled_blocks`."""
+    del grid  # all logits are computed
     tiles = torch.arange(k_means.shape[2], device=k_means.device)
     probabilities = softmax_over(
         block_logits(q_means, k_means) * scale, tiles < candidates[:, None]

@@ -153,7 +153,7 @@ def patched_attention(
 
 
 @patched_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:  # noqa: ARG001
+def _(query: Tensor, _key: Tensor, value: Tensor, *_: object) -> Tensor:
     batch, num_heads, num_queries, _head_dim = query.shape
     return query.new_empty(batch, num_queries, num_heads, value.shape[3])
 

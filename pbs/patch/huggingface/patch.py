@@ -173,7 +173,7 @@ def _patched_class(model_class: Any) -> type:
     def enter(self: PreTrainedModel) -> PreTrainedModel:
         return self
 
-    def leave(self: PreTrainedModel, *exception: object) -> None:  # noqa: ARG001 - the protocol
+    def leave(self: PreTrainedModel, *_exception: object) -> None:
         remove_patch(self)
 
     def reduce(self: PreTrainedModel, protocol: int) -> tuple[Any, ...]:
