@@ -116,7 +116,7 @@ def _read_note(note: Path, key: tuple[int, ...]) -> str | None:
 
 
 def _write_note(note: Path, key: tuple[int, ...], digest: str) -> None:
-    from experiments.store import write_atomically
+    from experiments.files import write_atomically
 
     with suppress(OSError):  # no such folder, or a full disk: it is read again
         write_atomically(note, json.dumps({"file": key, "digest": digest}))

@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from experiments.benches.base import Bench, Context
-from experiments.benches.coverage.texts import text_files
+from experiments.benches.text_files import text_files
 from experiments.content import input_digest
-from experiments.store import Record, RunStore
+from experiments.store import Record
 from experiments.timing.timing_report import (
-    draw_speed_up,
     failures_of,
-    lines_of,
     summarise_times,
-    write_times,
 )
 from pbs.registry import unknown
 
@@ -125,7 +122,7 @@ class AttentionBench(Bench):
         """See the base class."""
 
         from experiments.models.load import resolve_device
-        from experiments.report.compare import describe
+        from experiments.settings.names import describe
         from experiments.timing.attention_timing import measure_cell
         from experiments.timing.dense_kernels import dense_kernels
         from experiments.timing.stopwatch import Effort, measure_rates
@@ -168,19 +165,11 @@ class AttentionBench(Bench):
                 record |= {"num_prompts": 1, "num_truncated": int(is_truncated)}
             record["seconds"] = time.perf_counter() - started
             context.add({"sample_id": name, **record})
-        self.failures = failures_of(RunStore(context.folder).samples())
+        self.failures = failures_of(context.records())
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
         """See the base class; with the break-even length over every dense kernel."""
         return summarise_times(records)
-
-    def draw(self, context: Context) -> list[Path]:
-        """Speed-up against length; the table goes to the log and to ``times.csv``."""
-        records = RunStore(context.folder).samples()
-        write_times(records, context.folder / "times.csv")
-        for line in lines_of(records):
-            logger.info("%s", line)
-        return draw_speed_up(records, context.folder / "speed_up.png")
 
     def _cell(
         self, shape: str, length: int, density: float | None, dtype: Any, device: Any, seed: int

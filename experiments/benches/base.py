@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from experiments.settings.config import ConfigError, RunConfig
 from experiments.store import Record
-from pbs.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,20 +17,6 @@ if TYPE_CHECKING:
     from experiments.gate.coverage import CoverageProbe
     from experiments.models.load import LoadedModel
     from pbs.methods import AttentionMethod
-
-# One line per bench. The modules must be quick to import: heavy imports go into their functions.
-BENCHES = Registry(
-    "bench",
-    {
-        "needle": "experiments.benches.needle:NeedleBench",
-        "attention": "experiments.benches.attention:AttentionBench",
-        "coverage": "experiments.benches.coverage.bench:CoverageBench",
-        "ttft": "experiments.benches.ttft:TtftBench",
-        "longbench": "experiments.benches.opencompass.longbench:LongBench",
-        "longbench_v2": "experiments.benches.opencompass.longbench_v2:LongBenchV2",
-        "ruler": "experiments.benches.opencompass.ruler:Ruler",
-    },
-)
 
 
 @dataclass(frozen=True)
@@ -46,6 +31,7 @@ class Context:
         done: ids of the samples an earlier process measured: not to be measured again.
         announce: tells how many samples there are in all, before the first is measured.
         add: takes one record, which has a ``sample_id``; it is on disk when this returns.
+        records: all there are so far, those of earlier processes among them.
     """
 
     cfg: RunConfig
@@ -55,6 +41,7 @@ class Context:
     done: frozenset[str]
     announce: Callable[[int], None]
     add: Callable[[Record], None]
+    records: Callable[[], Sequence[Record]] = list
 
 
 @dataclass(kw_only=True)
@@ -170,12 +157,3 @@ class Bench(ABC):
         from experiments.gate.coverage import CoverageProbe
 
         return CoverageProbe()
-
-    def draw(self, context: Context) -> list[Path]:  # noqa: ARG002 - most benches draw nothing
-        """Pictures of this run, in its folder."""
-        return []
-
-    @classmethod
-    def draw_together(cls, folders: Sequence[Path], folder: Path) -> list[Path]:  # noqa: ARG003
-        """Pictures over several finished runs on the same samples, in the folder of their group."""
-        return []

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.benches import needle_grid
@@ -29,8 +27,6 @@ NOT_FINITE = (
     "the model's logits are NaN or infinite, so that its answer means nothing: the checkpoint or "
     "model.config is damaged, or model.dtype cannot hold its activations; try model.dtype=float32"
 )
-# Prompt length of the attention map: long enough for the structure, short enough to see tiles.
-MAP_LENGTH = 2048
 # Indices of measured samples are below.
 HELD_OUT_INDEX = 1_000_000
 
@@ -181,49 +177,6 @@ class NeedleBench(Bench):
                 for (task, length), part in by.items()
             ],
         }
-
-    def draw(self, context: Context) -> list[Path]:
-        """One head's attention before and after the permutation, with the computed tiles."""
-        import torch
-
-        from experiments.benches.needle_tasks import encode, make_sample
-        from experiments.report.pictures import capture_call, choose_head, draw_attention_maps
-
-        model = context.model
-        sample = make_sample(
-            self.tasks[0],
-            length=min(MAP_LENGTH, model.max_length),
-            depth=0.5,
-            index=0,
-            seed=context.cfg.seed,
-            tokenizer=model.tokenizer,
-        )
-        ids = torch.tensor([encode(sample, model.tokenizer)])
-        layer = num_layers(model) - 1
-        call = capture_call(model.model, ids, context.method, layer=layer)
-        if call.plan.is_dense:
-            return []
-        before = None
-        if getattr(context.method, "order", "none") != "none":
-            unordered = dataclasses.replace(context.method, order="none")
-            before = unordered.plan(call.q, call.k, scale=call.scale, layer_idx=layer)
-        head = choose_head(call, before)
-        path = context.folder / "attention_map.png"
-        title = (
-            f"{context.cfg.method['name']} on {context.cfg.model_name}, layer {layer}, head {head}"
-        )
-        return [
-            draw_attention_maps(
-                call.q,
-                call.k,
-                call.plan,
-                scale=call.scale,
-                head=head,
-                path=path,
-                title=title,
-                plan_before=before,
-            )
-        ]
 
     def held_out(
         self,

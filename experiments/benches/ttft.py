@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -11,16 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from experiments.benches.base import Bench, Context
-from experiments.benches.coverage.texts import text_files
+from experiments.benches.text_files import read_texts, text_files
 from experiments.content import input_digest
 from experiments.settings.config import ConfigError
-from experiments.store import Record, RunStore
+from experiments.store import Record
 from experiments.timing.timing_report import (
-    draw_speed_up,
     failures_of,
-    lines_of,
     summarise_times,
-    write_times,
 )
 
 if TYPE_CHECKING:
@@ -80,7 +76,7 @@ class TtftBench(Bench):
 
     def run(self, context: Context) -> None:
         """See the base class."""
-        from experiments.report.compare import describe
+        from experiments.settings.names import describe
         from experiments.timing.dense_kernels import dense_kernels
         from experiments.timing.prefill_timing import measure_prefill
         from experiments.timing.stopwatch import Effort, measure_rates
@@ -113,7 +109,7 @@ class TtftBench(Bench):
             record["seconds"] = time.perf_counter() - started
             name = {"sample_id": f"N{length}", "weights": cfg.model.weights}
             context.add({**name, **record, **facts})
-        self.failures = failures_of(RunStore(context.folder).samples())
+        self.failures = failures_of(context.records())
 
     def rounds(self, *, is_shared: bool) -> tuple[int, int]:
         """Fewest and most rounds; processes that share a model cannot each follow their clock."""
@@ -122,14 +118,6 @@ class TtftBench(Bench):
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
         """See the base class; with the break-even length over every dense kernel."""
         return summarise_times(records)
-
-    def draw(self, context: Context) -> list[Path]:
-        """Speed-up against length; the table goes to the log and to ``times.csv``."""
-        records = RunStore(context.folder).samples()
-        write_times(records, context.folder / "times.csv")
-        for line in lines_of(records):
-            logger.info("%s", line)
-        return draw_speed_up(records, context.folder / "speed_up.png")
 
     def _prompts(
         self, model: LoadedModel, length: int, seed: int
@@ -156,36 +144,6 @@ class TtftBench(Bench):
             "num_repeated": sum(len(ids) < length for ids in texts),
         }
         return [fit_to_length(ids, length).to(model.device) for ids in texts], facts
-
-
-def read_texts(path: Path, count: int, *, setting: str = "bench.texts") -> list[str]:
-    """The longest texts of a file, longest first.
-
-    Args:
-        path: JSON (a list) or JSON lines; each entry has a text under "context".
-        count: how many.
-        setting: what the user set to this path, for error messages.
-
-    Raises:
-        ConfigError: no such file, or an entry without a text.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{setting}={path}: no such file")
-    try:
-        content = path.read_text(encoding="utf-8")
-        if content.lstrip().startswith("["):
-            entries = json.loads(content)
-        else:
-            entries = [json.loads(line) for line in content.splitlines() if line.strip()]
-        texts = [entry["context"] for entry in entries]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(
-            f'{setting}={path}: expected a text under "context" in every entry of a JSON list or '
-            f"of JSON lines ({type(error).__name__}: {error})"
-        ) from error
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ConfigError(f"{setting}={path} has no texts, or one that is empty or no text")
-    return sorted(texts, key=len, reverse=True)[:count]
 
 
 def fit_to_length(ids: Sequence[int], length: int) -> Tensor:

@@ -1,22 +1,17 @@
-"""Galleries of a run's attention maps.
+"""Galleries of a run's attention maps, before and after the permutation.
 
-``python -m experiments.report.attention_gallery RUN_FOLDER``
-
-Every run of ``bench=coverage`` ends with them for a few layers and heads; this command draws
-others, of any run whose model can be loaded, and sends them to the run's W&B entry as well. Queries
-and keys are those of the model under dense attention, the same before and after.
+Every run of ``bench=coverage`` ends with them for a few layers and heads. Queries and keys are
+those of the model under dense attention, the same before and after.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.settings.config import ConfigError, RunConfig, parameters
+from experiments.settings.config import RunConfig, parameters
 
 if TYPE_CHECKING:
     from experiments.models.load import LoadedModel
@@ -55,8 +50,9 @@ def draw_galleries(
     Raises:
         ValueError: a layer or a head that does not exist.
     """
-    from experiments.benches.coverage.texts import NEEDLE, make_prompts
+    from experiments.benches.coverage.texts import make_prompts
     from experiments.benches.needle import num_layers
+    from experiments.benches.text_files import NEEDLE
     from experiments.report.pictures.capture import capture_calls, choose_heads
     from experiments.report.pictures.map_gallery import draw_map_gallery
     from pbs.methods import build_method
@@ -102,63 +98,3 @@ def spread(numbers: Sequence[int], count: int) -> list[int]:
     if len(numbers) <= count:
         return list(numbers)
     return [numbers[round(index * (len(numbers) - 1) / (count - 1))] for index in range(count)]
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status."""
-    arguments = _parse(words)
-    folder = Path(arguments.run)
-    if not (folder / "config.yaml").is_file():
-        sys.stderr.write(f"{folder} is no folder of a run: expected a config.yaml in it\n")
-        return 1
-    from experiments.models.load import load_model
-    from experiments.report.compare import config_of, describe
-    from experiments.run.tracking import Tracker
-
-    cfg = config_of(folder)
-    try:
-        pictures = draw_galleries(
-            cfg,
-            load_model(cfg.model),
-            folder,
-            layers=arguments.layers,
-            heads=arguments.heads,
-            num_tokens=arguments.tokens,
-        )
-    except (ConfigError, ValueError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    tracker = Tracker(cfg.logger, cfg.paths)
-    tracker.start(
-        cfg.hash,
-        name=describe(cfg.method),
-        group=f"{cfg.bench['name']}/{cfg.model_name}",
-        kind="cell",
-        config=cfg.to_dict(),
-    )
-    tracker.finish({}, pictures=pictures)
-    for picture in pictures:
-        sys.stdout.write(f"picture: {picture}\n")
-    if not pictures:
-        sys.stdout.write(f"{describe(cfg.method)} computes everything here: no maps to draw\n")
-    return 0
-
-
-def _parse(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.report.attention_gallery",
-        description="Attention maps of a run's method, before and after the permutation.",
-    )
-    parser.add_argument("run", help="folder of a run: <outputs>/<bench>/<model>/<method>/<hash>")
-    parser.add_argument("--layers", type=_numbers, help="such as 0,3,5; default: a few, spread")
-    parser.add_argument("--heads", type=_numbers, help="query heads; default: most to least helped")
-    parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="length of the prompt")
-    return parser.parse_args(words)
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,45 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from experiments.benches.base import BENCHES
 from experiments.pairing import Pairs, pair_records
+from experiments.settings.bench_names import BENCHES
 from experiments.settings.config import DENSE, RunConfig, parameters
+from experiments.settings.names import as_word, changed_parameters
 from experiments.store import Record, RunStore
 from pbs.methods import METHODS
-from pbs.registry import Registry
 
 logger = logging.getLogger(__name__)
 
 NUM_NAMED = 5  # samples or files in a message
 # What a folder that something else wrote, or cut short, can raise while it is read.
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError)
-
-
-def changed_parameters(registry: Registry, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters that differ from the dataclass's defaults."""
-    changed = {}
-    for entry in fields(registry.load(settings["name"])):
-        if not entry.init or entry.name not in settings:
-            continue
-        default = entry.default
-        if entry.default_factory is not MISSING:
-            default = entry.default_factory()
-        if settings[entry.name] != default:
-            changed[entry.name] = settings[entry.name]
-    return changed
-
-
-def describe(method: Mapping[str, Any]) -> str:
-    """A method's name with the parameters that are not at their defaults."""
-    changed = changed_parameters(METHODS, method)
-    return " ".join([method["name"], *(f"{key}={value}" for key, value in changed.items())])
 
 
 def sample_family(cfg: RunConfig) -> dict[str, Any]:
@@ -123,7 +103,7 @@ def dense_command(cfg: RunConfig, overrides: Sequence[str]) -> str:
     """The command that makes the dense run to compare with."""
     kept = [text for text in overrides if text.startswith(("model", "seed=", "paths."))]
     bench = [
-        f"bench.{key}={_text(value)}"
+        f"bench.{key}={as_word(value)}"
         for key, value in changed_parameters(BENCHES, cfg.bench).items()
     ]
     words = [f"method={DENSE}", f"bench={cfg.bench['name']}", *kept, *bench]
@@ -230,12 +210,3 @@ def _answers(records: Sequence[Record]) -> dict[str, bool]:
         for record in records
         if isinstance(record.get("correct"), bool)
     }
-
-
-def _text(value: Any) -> str:
-    """A value as Hydra's command line reads it."""
-    if value is None:
-        return "null"
-    if isinstance(value, list):
-        return f"[{','.join(map(_text, value))}]"
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.benches.base import BENCHES
 from experiments.benches.coverage.points import density_at, mean_curve, points_of
+from experiments.report.run_pictures import draw_together
 from experiments.report.runs import Group
 
 COVERAGES = (0.8, 0.9, 0.95, 0.99)
@@ -43,5 +43,5 @@ def drawn_together(group: Group) -> list[bytes]:
     """PNGs that the group's bench draws over all its runs; most benches draw none."""
     with tempfile.TemporaryDirectory() as folder:
         folders = [run.folder for run in group.runs]
-        pictures = BENCHES.load(group.bench).draw_together(folders, Path(folder))
+        pictures = draw_together(group.bench, folders, Path(folder))
         return [path.read_bytes() for path in pictures]

@@ -7,9 +7,10 @@ from typing import Any
 
 from experiments.machine_load import mean_load
 from experiments.pairing import pair_records
-from experiments.report.compare import dense_runs, describe, samples_of
+from experiments.report.compare import dense_runs, samples_of
 from experiments.run_environments import AGAIN, differing_parts, environments_in, environments_of
 from experiments.settings.config import RunConfig
+from experiments.settings.names import describe
 from experiments.store import Record, RunStore
 from experiments.time_ratios import compare_paired_times
 

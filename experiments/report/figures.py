@@ -9,9 +9,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import PercentFormatter
 
-from experiments.report.pictures.looks import DENSE_METHOD, LOOKS, Look, look_of, new_figure
+from experiments.report.pictures.looks import (
+    DENSE_METHOD,
+    LOOKS,
+    Look,
+    Percent,
+    look_of,
+    new_figure,
+)
 from experiments.report.runs import Group
 from experiments.report.tables import missing_dense, run_frame, value_name
 
@@ -38,7 +44,7 @@ def draw_pareto(group: Group) -> Figure | str:
     draw_trade_off(panels[0], frame, "density", "value")
     panels[0].set_xlabel(DENSITY_LABEL)
     panels[0].set_ylabel(value_name(group))
-    panels[0].xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    panels[0].xaxis.set_major_formatter(Percent())
     if has_times:
         timed = frame.assign(ms=1000 * frame["prefill_seconds"])[frame["prefill_seconds"].notna()]
         draw_trade_off(panels[1], timed, "ms", "value")
@@ -66,7 +72,7 @@ def draw_coverage(group: Group) -> Figure | str:
     axes.set_xlim(0, 1.08 * max(1.0, float(frame["density"].max())))
     axes.set_ylim(max(-0.02, float(frame["coverage"].min()) - 0.08), 1.02)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.set_major_formatter(Percent())
     axes.set_xlabel(DENSITY_LABEL)
     axes.set_ylabel(COVERAGE_LABEL)
     axes.set_title(f"{group.title}: coverage against density")
@@ -95,7 +101,7 @@ def draw_curves(curves: Mapping[str, tuple[Look, pd.DataFrame]], title: str) -> 
         )
     axes.set_xlim(left=0)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.set_major_formatter(Percent())
     axes.set_xlabel(DENSITY_LABEL)
     axes.set_ylabel(COVERAGE_LABEL)
     axes.set_title(title)

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from experiments.benches.base import BENCHES
 from experiments.report.compare import dense_command
 from experiments.report.published import unmeasured
 from experiments.report.runs import Group, Results
+from experiments.settings.bench_names import BENCHES
 from experiments.settings.config import DENSE
 from pbs.methods import METHODS
 

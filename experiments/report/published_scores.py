@@ -147,7 +147,8 @@ class _Run:
     @classmethod
     def read(cls, folder: Path) -> _Run | None:
         """None, with a warning, for a folder that another version wrote or something broke."""
-        from experiments.report.compare import changed_parameters, config_of
+        from experiments.report.compare import config_of
+        from experiments.settings.names import changed_parameters
         from pbs.methods import METHODS
 
         try:

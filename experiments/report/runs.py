@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
-from experiments.benches.base import BENCHES
 from experiments.report.compare import READ_ERRORS, config_of, is_plain_dense
 from experiments.report.pictures.looks import LOOKS
 from experiments.report.table import Row, flatten_settings, make_rows, times_dense
 from experiments.results import find_runs
+from experiments.settings.bench_names import BENCHES
 from experiments.settings.config import RunConfig
 from experiments.store import Record, RunStore
 

@@ -9,9 +9,10 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
+from experiments.files import write_atomically
 from experiments.notes import name_of
 from experiments.report.published_scores import compare_published, format_published
-from experiments.store import RunStore, write_atomically
+from experiments.store import RunStore
 
 FAILED = "failed"
 

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benches.base import BENCHES
+from experiments.files import write_atomically
 from experiments.machine_load import load_warning
 from experiments.notes import describe_coverage, describe_truncation, notes_of
 from experiments.report.compare import (
@@ -23,10 +23,12 @@ from experiments.report.compare import (
     samples_of,
 )
 from experiments.report.dense_times import compare_times
+from experiments.report.markdown import to_markdown
 from experiments.report.timing_table import speed_up_text, timing_columns, timing_numbers
+from experiments.settings.bench_names import BENCHES
 from experiments.settings.config import RunConfig, digest
 from experiments.statistics import format_spread
-from experiments.store import RunStore, write_atomically
+from experiments.store import RunStore
 
 Row = dict[str, Any]
 
@@ -344,9 +346,3 @@ def write(group: Path, rows: Sequence[Row]) -> None:
         remarks = "\n".join(f"- {text}" for text in reading_notes(part))
         texts.append("\n\n".join(filter(None, [*lines, remarks])))
     write_atomically(group / "summary.md", "\n\n".join(texts) + "\n")
-
-
-def to_markdown(columns: Mapping[str, Sequence[str]]) -> str:
-    """A Markdown table of headings and formatted cells."""
-    lines = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)

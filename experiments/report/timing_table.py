@@ -8,10 +8,12 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.files import write_atomically
 from experiments.machine_load import load_warning
 from experiments.notes import listed
+from experiments.report.markdown import to_markdown
 from experiments.statistics import format_spread
-from experiments.store import Record, RunStore, write_atomically
+from experiments.store import Record, RunStore
 from experiments.timing.published import TABLE7, PublishedRow
 from experiments.timing.timing_report import has_published_times, marks_of, shape_of
 
@@ -147,8 +149,6 @@ def write_table7(group: Path, rows: Sequence[Row]) -> list[Path]:
         return []
     frame = pd.DataFrame(lines).sort_values(["tokens", "method"], kind="stable")
     write_atomically(group / "table7.csv", frame.to_csv(index=False))
-    from experiments.report.table import to_markdown
-
     texts = {name: [_cell_text(value) for value in frame[name]] for name in frame}
     write_atomically(group / "table7.md", f"{TITLE7}\n\n{to_markdown(texts)}\n")
     return [group / "table7.md", group / "table7.csv"]

@@ -65,7 +65,7 @@ def register_configs(*, with_parameters: bool = True) -> None:
                 store.store(group=f"schema/{kind}", name=path.stem, node={})
     if not with_parameters:
         return
-    from experiments.benches.base import BENCHES
+    from experiments.settings.bench_names import BENCHES
     from pbs.methods import METHODS
 
     for registry in (METHODS, BENCHES):

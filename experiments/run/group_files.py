@@ -14,8 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.benches.base import BENCHES
 from experiments.report.compare import config_of
+from experiments.report.run_pictures import draw_together
 from experiments.settings.config import DENSE
 from experiments.store import RunStore
 
@@ -101,4 +101,4 @@ def _draw(
         from experiments.report.pictures import draw_accuracy_density
 
         draw_accuracy_density(pd.DataFrame(runs), place / PICTURE)
-    BENCHES.load(group.parent.name).draw_together(folders, place)
+    draw_together(group.parent.name, folders, place)

@@ -8,7 +8,7 @@ targets share it and the same command again tries nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from experiments.benches.base import Bench
 from experiments.content import input_digest
 from experiments.models.load import LoadedModel, load_model
-from experiments.report.compare import changed_parameters, describe
 from experiments.run_environments import environments_of
 from experiments.settings.config import ConfigError, MatchConfig, RunConfig, digest, parameters
 from experiments.settings.console import log_to
 from experiments.settings.environment import describe_environment
+from experiments.settings.knobs import middle, settings_at
+from experiments.settings.names import changed_parameters, describe
 from experiments.store import Record, RunStore
 from pbs.methods import METHODS, Knob, build_method
 
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
-
-# Digits of a knob's value: it stands in folders' configurations and in tables.
-DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -260,14 +258,6 @@ def _held_out(cfg: RunConfig, model: LoadedModel, bench: Bench) -> list[tuple[st
     return prompts
 
 
-def settings_at(method: Mapping[str, Any], knob: Knob, value: float) -> dict[str, Any]:
-    """A method's settings (its name and parameters) with the knob at this value."""
-    settings = {**method, **knob.fixed, knob.name: value}
-    for name in knob.proportional:
-        settings[name] = int(method[name] / method[knob.name] * value)
-    return settings
-
-
 def _check_untouched(cfg: RunConfig, knob: Knob) -> None:
     """The knob cannot be set by hand as well."""
     changed = changed_parameters(METHODS, cfg.method)
@@ -296,13 +286,6 @@ def _folder(cfg: RunConfig) -> Any:
 
 def _trial(record: Record) -> Trial:
     return Trial(record["value"], record["density"], record["coverage"])
-
-
-def middle(a: float, b: float, knob: Knob) -> float:
-    """Halfway between two values; of counts, which range over many sizes, by ratio."""
-    if knob.is_integer:
-        return round((a * b) ** 0.5)
-    return round((a + b) / 2, DIGITS)
 
 
 def _miss(path: Sequence[Trial], match: MatchConfig) -> float:

@@ -12,21 +12,25 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from experiments.benches.base import BENCHES, Bench, Context
+from experiments.benches.base import Bench, Context
+from experiments.files import to_json, write_atomically
 from experiments.machine_load import LoadMeter, mean_load
 from experiments.models.distributed import join_ranks
 from experiments.models.load import LoadedModel, load_model
 from experiments.notes import describe_truncation
-from experiments.report.compare import compare_with_dense, describe, explain_other_inputs
+from experiments.report.compare import compare_with_dense, explain_other_inputs
+from experiments.report.run_pictures import draw_run
 from experiments.run.matched import Calibration, calibrate
 from experiments.run.tracking import Tracker
 from experiments.run_environments import environments_of
+from experiments.settings.bench_names import BENCHES
 from experiments.settings.checks import check_lists
 from experiments.settings.config import ConfigError, RunConfig, parameters
 from experiments.settings.console import SampleProgress, log_to, show_messages
 from experiments.settings.environment import describe_environment
 from experiments.settings.failures import describe_failure, explain_failure, release_after_failure
-from experiments.store import CHANGED, Record, RunStore, to_json, write_atomically
+from experiments.settings.names import describe
+from experiments.store import CHANGED, Record, RunStore
 from pbs.methods import METHODS, AttentionMethod, build_method
 from pbs.registry import unknown
 
@@ -253,6 +257,7 @@ def _measure(
             done=frozenset(record["sample_id"] for record in done),
             announce=lambda total: progress.start(total, len(done)),
             add=add,
+            records=store.samples,
         )
         meter = LoadMeter()
         bench.run(context)
@@ -274,7 +279,7 @@ def _measure(
 def _draw(bench: Bench, context: Context) -> list[Path]:
     """The run's pictures; the result is on disk, so a picture that fails costs a warning."""
     try:
-        return bench.draw(context)
+        return draw_run(bench, context)
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         logger.warning("no picture of this run: %s", explain_failure(error))
         return []

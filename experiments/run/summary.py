@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from experiments.files import remove_scratch
 from experiments.report.scores import report_scores
 from experiments.report.table import Row, make_rows, reading_notes, show, write
 from experiments.report.timing_table import timing_notes, write_table7
@@ -14,7 +15,6 @@ from experiments.run.tracking import Tracker
 from experiments.settings.config import LoggerConfig, PathsConfig
 from experiments.settings.console import show_messages
 from experiments.settings.ranks import is_follower
-from experiments.store import remove_scratch
 
 logger = logging.getLogger(__name__)
 

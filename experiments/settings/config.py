@@ -161,7 +161,7 @@ class RunConfig:
     @property
     def uses_model(self) -> bool:
         """Whether the bench runs the model; attention on generated inputs does not."""
-        from experiments.benches.base import BENCHES
+        from experiments.settings.bench_names import BENCHES
 
         return BENCHES.load(self.bench["name"]).uses_model(self.bench)
 
@@ -263,7 +263,7 @@ class RunConfig:
 
 def _check_names(run: RunConfig) -> None:
     """Names of methods and benches become folders: only registered ones do."""
-    from experiments.benches.base import BENCHES
+    from experiments.settings.bench_names import BENCHES
     from pbs.methods import METHODS
     from pbs.registry import unknown
 
@@ -274,7 +274,7 @@ def _check_names(run: RunConfig) -> None:
 
 def _input_files(run: RunConfig) -> dict[str, Path]:
     """The files that the bench and the method read, by the setting that names them."""
-    from experiments.benches.base import BENCHES
+    from experiments.settings.bench_names import BENCHES
 
     files = BENCHES.load(run.bench["name"]).input_files(parameters(run.bench))
     named = {f"bench.{name}": path for name, path in files.items()}

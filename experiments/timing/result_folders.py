@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.store import write_atomically
+from experiments.files import write_atomically
 from experiments.timing.samples import without_cold_samples
 from experiments.timing.timing_report import break_evens, table_rows
 

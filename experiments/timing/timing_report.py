@@ -6,7 +6,6 @@ before and after it, measured apart, alike for dense kernels and methods.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -188,7 +187,7 @@ def write_times(records: Sequence[Record], path: Path) -> None:
     """All rows as CSV."""
     import pandas as pd
 
-    from experiments.store import write_atomically
+    from experiments.files import write_atomically
 
     rows = [row for record in records for row in table_rows(record)]
     write_atomically(path, pd.DataFrame(rows).to_csv(index=False))
@@ -221,48 +220,6 @@ def lines_of(records: Sequence[Record]) -> list[str]:
             f"{point['fewest_samples']} samples a time)"
         )
     return lines
-
-
-def draw_speed_up(records: Sequence[Record], path: Path) -> list[Path]:
-    """Speed-up of each method over each dense kernel against length; nothing for one length."""
-    lines: dict[str, list[tuple[int, float, float, float]]] = {}
-    for record in records:
-        for label, entry in record["methods"].items():
-            for name, value in entry.get("speed_up", {}).items():
-                density = record.get("target_density")
-                suffix = "" if density is None or len(records) < 2 else f" at {density:.2f}"
-                is_single = sum(r["length"] == record["length"] for r in records) == 1
-                key = f"{label} over {name}{'' if is_single else suffix}"
-                low, high = (
-                    entry.get(f"speed_up_{p}", {}).get(name, value) for p in ("p20", "p80")
-                )
-                lines.setdefault(key, []).append((record["length"], value, low, high))
-    if max((len({point[0] for point in points}) for points in lines.values()), default=0) < 2:
-        return []
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from experiments.store import write_atomically
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for label, points in lines.items():
-        lengths, values, low, high = zip(*sorted(points), strict=True)
-        (line,) = axes.plot(lengths, values, marker="o", label=label)
-        for length, *ends in zip(lengths, low, high, strict=True):
-            if None not in ends:
-                axes.vlines(length, *ends, color=line.get_color(), linewidth=1)
-    axes.axhline(1.0, color="grey", linewidth=0.8)
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("speed-up over dense (median; bars: 20th to 80th percentile)")
-    axes.legend(fontsize="small")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150)
-    write_atomically(path, content.getvalue())
-    plt.close(figure)
-    return [path]
 
 
 def _cells(record: Record) -> list[Record]:

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
+from experiments.files import to_json, write_atomically
 from experiments.memory import (
     is_out_of_memory,
     release_memory,
 )
 from experiments.run_environments import differing_parts
 from experiments.settings.environment import describe_environment
-from experiments.store import to_json, write_atomically
 from experiments.timing.cost_model import Shape
 from experiments.timing.dense_kernels import dense_kernels
 from experiments.timing.inputs import Cell, Record

@@ -17,7 +17,8 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from experiments.store import Record, write_atomically
+from experiments.files import write_atomically
+from experiments.store import Record
 from experiments.timing.result_folders import ResultFolder, read_folder
 from experiments.timing.timing_report import break_evens, shape_of
 from experiments.tools.bench_run import Plan

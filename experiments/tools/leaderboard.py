@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 
 import pandas as pd
 
+from experiments.files import write_atomically
 from experiments.report.runs import READ_ERRORS, Group, Problem, Results, Run, read_results
 from experiments.report.table import Row
-from experiments.store import write_atomically
 
 # How far a number may lie from the one its samples give: rounding, on the way through a CSV.
 TOLERANCE = 1e-6
@@ -202,8 +202,8 @@ def _row(group: Group, run: Run, row: Row) -> dict[str, Any]:
 
 def _bench_setting(run: Run) -> str:
     """The bench's parameters that are not at their defaults."""
-    from experiments.benches.base import BENCHES
-    from experiments.report.compare import changed_parameters
+    from experiments.settings.bench_names import BENCHES
+    from experiments.settings.names import changed_parameters
 
     changed = changed_parameters(BENCHES, run.cfg.bench)
     return " ".join(f"{key}={value}" for key, value in changed.items()) or "default"

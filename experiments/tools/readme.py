@@ -18,12 +18,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.benches.base import BENCHES
-from experiments.report.compare import changed_parameters
+from experiments.report.markdown import to_markdown
 from experiments.report.pictures import draw_accuracy_density
 from experiments.report.runs import Results, Run, read_results
-from experiments.report.table import Row, format_columns, reading_notes, title_of, to_markdown
+from experiments.report.table import Row, format_columns, reading_notes, title_of
+from experiments.settings.bench_names import BENCHES
 from experiments.settings.config import ROOT
+from experiments.settings.names import changed_parameters
 from experiments.store import Record
 from experiments.timing.published import TABLE7, density_at
 from experiments.timing.result_folders import ResultFolder, newest_folders, read_folder

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.store import to_json, write_atomically
+from experiments.files import to_json, write_atomically
 from experiments.timing.densities import ControlledDensity
 from experiments.timing.stopwatch import VARIANT_ERRORS, Effort, Timing, time_interleaved
 from pbs import build_method

@@ -9,7 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from experiments.benches.needle import NeedleBench
+from experiments.report import run_pictures
 from experiments.run.cli import CollectCells, register_configs
 from experiments.settings.config import CONF, ROOT
 from experiments.store import RunStore
@@ -37,7 +37,7 @@ def compose_cell(tmp_path) -> Callable[..., DictConfig]:
 @pytest.fixture
 def _no_maps(monkeypatch):
     """Attention maps take longer than the rest of a short cell."""
-    monkeypatch.setattr(NeedleBench, "draw", lambda *_: [])
+    monkeypatch.delitem(run_pictures.OF_A_RUN, "needle")
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import pytest
 from omegaconf import OmegaConf
 
-from experiments.benches.base import BENCHES
 from experiments.run.runner import build_bench
+from experiments.settings.bench_names import BENCHES
 from experiments.settings.config import CONF, RunConfig
 
 

@@ -7,8 +7,9 @@ import time
 
 import pytest
 
+from experiments.files import remove_scratch, to_json
 from experiments.run_environments import environment_id
-from experiments.store import RunStore, remove_scratch, to_json
+from experiments.store import RunStore
 
 
 @pytest.fixture

@@ -158,7 +158,8 @@ class _Ticks:
         self._folder, self._at, self.count = folder, at, 0
 
     def install(self):
-        from experiments.store import Appender, to_json
+        from experiments.files import to_json
+        from experiments.store import Appender
 
         sys.addaudithook(self._hear)
         real = Appender.append

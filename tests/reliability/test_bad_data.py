@@ -10,8 +10,8 @@ import torch
 
 from baselines.minference_config import PATTERNS, load_head_settings
 from experiments.benches.opencompass.files import read_rows
-from experiments.benches.opencompass.longbench import CLASSIFICATION, TASKS, columns_of
-from experiments.benches.opencompass.longbench_v2 import COLUMNS
+from experiments.benches.opencompass.longbench import TASKS
+from experiments.benches.opencompass.rows import CLASSIFICATION, COLUMNS, columns_of
 from experiments.settings.config import ROOT
 from pbs.methods import build_method
 from tests.reliability.messages import check_error, check_message, check_raised

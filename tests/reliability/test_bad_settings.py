@@ -12,8 +12,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from experiments.benches.base import BENCHES
 from experiments.run.runner import build_bench
+from experiments.settings.bench_names import BENCHES
 from experiments.settings.config import CONF, RunConfig, make_schema, parameters
 from experiments.settings.explain import explain
 from pbs.methods import METHODS, build_method

@@ -12,11 +12,13 @@ import torch
 
 from experiments import store
 from experiments.benches import needle
+from experiments.files import write_atomically
+from experiments.report import run_pictures
 from experiments.results import load
 from experiments.run import runner
 from experiments.settings import console, environment, failures
 from experiments.settings.failures import describe_failure, explain_failure
-from experiments.store import RunStore, write_atomically
+from experiments.store import RunStore
 from tests.experiments.conftest import FAST, without_times
 
 SWEEP = ("-m", *FAST, "paths.outputs=out", "method=flash,pbs,meanpool")
@@ -254,7 +256,7 @@ def test_a_failed_picture_for_want_of_memory_loses_no_result(compose_cell, monke
     def explode(*_):
         raise MemoryError
 
-    monkeypatch.setattr(needle.NeedleBench, "draw", explode)
+    monkeypatch.setitem(run_pictures.OF_A_RUN, "needle", explode)
     metrics = RunStore(runner.run_cell(compose_cell("method=flash"))).metrics()
     assert metrics["status"] == "finished"
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.benches.base import Bench, Context
 from experiments.benches.coverage.settings import Setting, find_values, settings_of, spread_values
-from experiments.benches.coverage.texts import NEEDLE, Prompt, check_text, make_prompts, text_files
+from experiments.benches.coverage.texts import Prompt, check_text, make_prompts
+from experiments.benches.text_files import NEEDLE, text_files
 from experiments.content import input_digest
 from experiments.settings.config import ConfigError, RunConfig
 from experiments.store import Record
@@ -209,40 +210,6 @@ class CoverageBench(Bench):
         from experiments.benches.coverage.points import summarise_coverage
 
         return summarise_coverage(records)
-
-    def draw(self, context: Context) -> list[Path]:
-        """Curves, heads and attention maps of this run, and ``heads.csv``."""
-        from experiments.report.attention_gallery import (
-            MAX_CHOSEN,
-            NUM_LAYERS,
-            NUM_TOKENS,
-            draw_galleries,
-            spread,
-        )
-        from experiments.report.pictures.paper import draw_run
-        from experiments.store import RunStore
-
-        records = RunStore(context.folder).samples()
-        measured = sorted({record["layer"] for record in records})
-        num_layers = NUM_LAYERS if self.layers is None else MAX_CHOSEN
-        return [
-            *draw_run(context.folder),
-            *draw_galleries(
-                context.cfg,
-                context.model,
-                context.folder,
-                layers=spread(measured, num_layers),
-                heads=None if self.heads is None else spread(self.heads, MAX_CHOSEN),
-                num_tokens=min(NUM_TOKENS, max(self.lengths)),
-            ),
-        ]
-
-    @classmethod
-    def draw_together(cls, folders: Sequence[Path], folder: Path) -> list[Path]:
-        """See the base class: the curves of all runs."""
-        from experiments.report.pictures.paper import draw_curves
-
-        return draw_curves(folders, folder)
 
     def _check_fits(self, model: LoadedModel) -> None:
         from experiments.benches.needle import num_layers

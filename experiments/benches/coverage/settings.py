@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.settings.config import parameters
+from experiments.settings.knobs import middle, settings_at
 from pbs.methods import METHODS, AttentionMethod, Knob, build_method
 
 # A density this near to the one asked for will do; and how often to halve towards it.
@@ -51,8 +52,6 @@ def settings_of(
     Raises:
         ValueError: the knob does not take one of the values.
     """
-    from experiments.run.matched import settings_at
-
     own = dict(method)
     knob: Knob | None = METHODS.load(own["name"]).knob
     settings = [Setting(_value(own, knob), True, build_method(own["name"], **parameters(own)))]
@@ -110,8 +109,6 @@ def find_values(
 
 def _next_value(trials: Mapping[float, float], knob: Knob, target: float) -> float:
     """Halfway between the trials around the target; the nearest again if it will do."""
-    from experiments.run.matched import middle
-
     nearest = _nearest(trials, target)
     below = [value for value, density in trials.items() if density < target]
     above = [value for value, density in trials.items() if density >= target]

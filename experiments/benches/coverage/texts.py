@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from experiments.benches.text_files import GENERATED, NEEDLE, read_texts
 from experiments.settings.config import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from experiments.models.load import LoadedModel
-
-NEEDLE, GENERATED = "needle", "generated"
 
 
 class Prompt(NamedTuple):
@@ -29,12 +28,6 @@ class Prompt(NamedTuple):
     length: int
     ids: Tensor
     is_truncated: bool = False
-
-
-def text_files(setting: str, text: str | None) -> dict[str, Path]:
-    """The file that a setting names, by the setting; empty for prompts that are generated."""
-    is_file = text not in (None, NEEDLE, GENERATED) and Path(text).is_file()
-    return {setting: Path(text)} if is_file else {}
 
 
 def check_text(text: str) -> None:
@@ -102,8 +95,6 @@ def _generated(model: LoadedModel, length: int, count: int, seed: int) -> list[P
 
 def _from_file(path: Path, model: LoadedModel, length: int, count: int) -> list[Prompt]:
     import torch
-
-    from experiments.benches.ttft import read_texts
 
     start = list(model.tokenizer("")["input_ids"])  # the model expects these before any text
     size = length - len(start)

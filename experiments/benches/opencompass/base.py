@@ -17,10 +17,11 @@ from typing_extensions import override
 
 from experiments.benches.base import Bench, Context
 from experiments.benches.opencompass.files import MissingDataError, find_folder
+from experiments.benches.opencompass.parts import Part
 from experiments.run_environments import prefill_times
 from experiments.settings.config import ConfigError
 from experiments.settings.explain import NO_SLURM
-from experiments.store import Record, RunStore
+from experiments.store import Record
 from pbs.registry import unknown
 
 if TYPE_CHECKING:
@@ -35,19 +36,6 @@ SCORE_TOLERANCE = 0.011
 
 _Item = TypeVar("_Item")
 _Key = TypeVar("_Key")
-
-
-@dataclass(frozen=True)
-class Part:
-    """One data set of OpenCompass.
-
-    Attributes:
-        key: unique in the bench; the first part of its samples' ids.
-        labels: what every record and every row of results says about it.
-    """
-
-    key: str
-    labels: Mapping[str, Any]
 
 
 @dataclass(kw_only=True)
@@ -197,7 +185,7 @@ class OpenCompassBench(Bench):
             if self.attempt(part, lambda part=part: self.num_used(part))  # reads its file
         ]
         context.announce(sum(self.num_used(part) for part in parts))
-        known = {record["sample_id"]: record for record in RunStore(context.folder).samples()}
+        known = {record["sample_id"]: record for record in context.records()}
         # OpenCompass would continue from files of its own; ours are the truth.
         work_dir = context.folder / "opencompass"
         shutil.rmtree(work_dir, ignore_errors=True)

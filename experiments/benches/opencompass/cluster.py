@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmengine.config import Config
 from opencompass.registry import MODELS
@@ -25,14 +25,17 @@ from transformers import AutoTokenizer
 from typing_extensions import override
 
 from experiments.benches.base import Context
-from experiments.benches.opencompass.base import OpenCompassBench, Part
 from experiments.benches.opencompass.model import PatchedModel
+from experiments.benches.opencompass.parts import Part
 from experiments.models.load import LoadedModel, load_model, resolve_path
 from experiments.settings.config import ROOT, ConfigError, RunConfig, parameters
 from experiments.settings.environment import describe_environment
 from experiments.store import Record, RunStore
 from pbs.methods import build_method
 from pbs.patch.huggingface import apply_patch_with_prefill
+
+if TYPE_CHECKING:
+    from experiments.benches.opencompass.base import OpenCompassBench
 
 logger = logging.getLogger(__name__)
 

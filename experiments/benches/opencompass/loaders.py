@@ -11,8 +11,7 @@ from opencompass.datasets.base import BaseDataset
 from opencompass.registry import LOAD_DATASET
 
 from experiments.benches.opencompass.files import read_rows
-from experiments.benches.opencompass.longbench import CLASSIFICATION, columns_of
-from experiments.benches.opencompass.longbench_v2 import COLUMNS
+from experiments.benches.opencompass.rows import CLASSIFICATION, COLUMNS, columns_of
 
 
 @LOAD_DATASET.register_module()

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
-from experiments.benches.opencompass.base import OpenCompassBench, Part, mean
-from experiments.benches.opencompass.columns import Column, filled_text, text, texts
+from experiments.benches.opencompass.base import OpenCompassBench, mean
 from experiments.benches.opencompass.files import fetch, find_folder, read_rows, require
+from experiments.benches.opencompass.parts import Part
+from experiments.benches.opencompass.rows import columns_of
 from experiments.store import Record
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
     "code": ("lcc", "repobench-p"),
 }
 TASKS = tuple(task for tasks in CATEGORIES.values() for task in tasks)
-# Tasks whose rows name all classes.
-CLASSIFICATION = ("trec", "lsht")
 REPOSITORY, ARCHIVE = "THUDM/LongBench", "data.zip"
 ADVICE = (
     f"Get {ARCHIVE} from https://huggingface.co/datasets/{REPOSITORY} and unpack it: "
@@ -125,12 +124,6 @@ class LongBench(OpenCompassBench):
 
 
 @cache
-def columns_of(task: str) -> tuple[Column, ...]:
-    """What a task's rows must hold: a document, its question (or none) and the right answers."""
-    columns = (text("input"), filled_text("context"), texts("answers"))
-    return (*columns, texts("all_classes")) if task in CLASSIFICATION else columns
-
-
 def category_of(task: str) -> str:
     """The category a task belongs to."""
     return next(name for name, tasks in CATEGORIES.items() if task in tasks)

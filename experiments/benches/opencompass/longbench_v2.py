@@ -12,25 +12,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
-from experiments.benches.opencompass.base import OpenCompassBench, Part, group, measure
-from experiments.benches.opencompass.columns import filled_text, one_of, text
+from experiments.benches.opencompass.base import OpenCompassBench, group, measure
 from experiments.benches.opencompass.files import fetch, find_folder, read_rows, require
+from experiments.benches.opencompass.parts import Part
+from experiments.benches.opencompass.rows import COLUMNS, DIFFICULTIES, LENGTHS
 from experiments.store import Record
 
 if TYPE_CHECKING:
     from experiments.settings.config import RunConfig
 
-DIFFICULTIES = ("easy", "hard")
-LENGTHS = ("short", "medium", "long")
-CHOICES = ("A", "B", "C", "D")
-COLUMNS = (
-    filled_text("question"),
-    filled_text("context"),
-    one_of("answer", *CHOICES),
-    *(text(f"choice_{letter}") for letter in CHOICES),
-    one_of("difficulty", *DIFFICULTIES),
-    one_of("length", *LENGTHS),
-)
 REPOSITORY, FILE = "THUDM/LongBench-v2", "data.json"
 ADVICE = (
     f"Get {FILE} from https://huggingface.co/datasets/{REPOSITORY}: bench.data_dir=DIR expects "

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from typing_extensions import override
 
 from experiments.benches.base import Context
-from experiments.benches.opencompass.base import OpenCompassBench, Part, group, mean, measure
+from experiments.benches.opencompass.base import OpenCompassBench, group, mean, measure
 from experiments.benches.opencompass.files import find_folder, require
+from experiments.benches.opencompass.parts import Part
 from experiments.store import Record
 
 if TYPE_CHECKING:

@@ -14,10 +14,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
-from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import Bbox
 
-from experiments.report.pictures.looks import DENSE_METHOD, LOOKS, look_of, new_figure, save
+from experiments.report.pictures.looks import (
+    DENSE_METHOD,
+    LOOKS,
+    Percent,
+    look_of,
+    new_figure,
+    save,
+)
 from experiments.statistics import wilson_interval
 
 # Where a label may stand around its point, in points, nearest first.
@@ -77,8 +83,8 @@ def draw_accuracy_density(
     low, high = float(frame["low"].min()), float(frame["high"].max())
     margin = max(0.01, 0.12 * (high - low))
     axes.set_ylim(max(-0.03, low - margin), high + margin)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_major_formatter(Percent())
+    axes.yaxis.set_major_formatter(Percent())
     # No tick above 100 %: there is no such accuracy.
     axes.set_yticks([tick for tick in axes.get_yticks() if low - margin <= tick <= 1.0 + 1e-9])
     axes.set_xlabel("density: computed tiles / tiles of dense causal attention", fontsize=11)

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
 
-from experiments.report.pictures.looks import Look, new_figure, save
+from experiments.report.pictures.looks import Look, Percent, new_figure, save
 
 # Shown of the coverage axis: below, nothing is worth comparing.
 LOWEST_COVERAGE = 0.5
@@ -167,7 +166,7 @@ def _draw_savings(
     bottom, top = axes.get_ylim()
     axes.set_ylim(min(bottom, -0.01), max(top, 0.01))
     _label(axes, "coverage", "density saved at equal coverage, points")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    axes.yaxis.set_major_formatter(Percent(symbol=""))
     axes.set_title(f"against: {reference.label}", fontsize=11)
 
 
@@ -191,6 +190,6 @@ def _label(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x, fontsize=11)
     axes.set_ylabel(y, fontsize=11)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.set_major_formatter(Percent())
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 
-from experiments.report.pictures.looks import Look, new_figure, save
+from experiments.report.pictures.looks import Look, Percent, new_figure, save
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _label(axes: Axes, y: str, lengths: Sequence[int]) -> None:
     axes.set_xticks(lengths)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_length(value)))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.yaxis.set_major_formatter(Percent())
     axes.set_xlabel("prompt length, tokens", fontsize=11)
     axes.set_ylabel(y, fontsize=11)
     axes.grid(alpha=0.25)

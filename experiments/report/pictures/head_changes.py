@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
-from experiments.report.pictures.looks import new_figure, save
+from experiments.report.pictures.looks import Percent, new_figure, save
 
 # Blue saves tiles, red costs some, white is no change: distinct to colour-blind eyes.
 CHANGE_COLOURS = "RdBu_r"
@@ -124,7 +124,7 @@ def draw_head_map(
     axes.set_ylabel("layer", fontsize=11)
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.set_label(label, fontsize=10)
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    bar.ax.yaxis.set_major_formatter(Percent())
     if cells.size > MAX_LABELLED:
         return
     is_signed = limits[0] < 0
@@ -166,7 +166,7 @@ def _draw_shares(axes: Axes, shares: Mapping[str, Mapping[str, float]]) -> None:
     axes.invert_yaxis()
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_xlim(0, 1)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_formatter(Percent())
     axes.set_xlabel("share of heads", fontsize=11)
     axes.tick_params(axis="y", labelsize=10)
     axes.spines[["top", "right"]].set_visible(False)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from typing_extensions import override
 
-from experiments.store import write_atomically
+from experiments.files import write_atomically
 
 DPI = 100
 DENSE_METHOD = "flash"
@@ -89,6 +91,25 @@ def look_of_settings(settings: Mapping[str, Any]) -> Look:
     return look_of("pbs")
 
 
+class Percent(PercentFormatter):
+    """Ticks of shares in percent, with as many decimals as their values have, and no more.
+
+    Args:
+        symbol: behind the number.
+    """
+
+    def __init__(self, symbol: str = "%") -> None:
+        super().__init__(xmax=1.0, decimals=0, symbol=symbol)
+
+    @override
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        """All labels of an axis."""
+        percent = [100 * value for value in values]
+        exact = (n for n in range(5) if all(abs(round(x, n) - x) < 1e-6 for x in percent))
+        self.decimals = next(exact, 5)
+        return super().format_ticks(values)
+
+
 def new_figure(width: float, height: float) -> Figure:
     """A figure of this size in inches that needs no display and no global state."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
@@ -97,9 +118,13 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write the picture, whole or not at all, with missing folders, and return where it is."""
+    """Write a PNG, and the same as a PDF beside it, for papers; return where the PNG is.
+
+    Whole or not at all, with missing folders. Equal pictures are equal files.
+    """
     path = Path(path)
-    content = io.BytesIO()
-    figure.savefig(content, format=path.suffix[1:], dpi=DPI)
-    write_atomically(path, content.getvalue())
+    for suffix, metadata in ((".pdf", {"CreationDate": None}), (path.suffix, None)):
+        content = io.BytesIO()
+        figure.savefig(content, format=suffix[1:], dpi=DPI, metadata=metadata)
+        write_atomically(path.with_suffix(suffix), content.getvalue())
     return path

@@ -13,14 +13,16 @@ from typing import Any
 import pandas as pd
 
 from experiments.benches.coverage.points import compare_heads, mean_curve, points_of
-from experiments.report.compare import config_of, describe
+from experiments.files import write_atomically
+from experiments.report.compare import config_of
 from experiments.report.pictures.coverage_curves import Curve, draw_coverage_density
 from experiments.report.pictures.density_length import Series, draw_density_length
 from experiments.report.pictures.head_changes import draw_head_changes, draw_head_shares
 from experiments.report.pictures.looks import look_of_order, look_of_settings
 from experiments.report.published_scores import load_published
 from experiments.settings.config import FIGURES, RunConfig
-from experiments.store import RunStore, write_atomically
+from experiments.settings.names import describe
+from experiments.store import RunStore
 from experiments.timing.published import DENSITIES, DENSITIES_UNPERMUTED, HEADS, HEADS_COVERAGE
 
 PAPER = "paper: Llama-3.1-8B"

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from experiments.benches.attention import AttentionBench
-from experiments.benches.ttft import TtftBench, fit_to_length, read_texts
+from experiments.benches.text_files import read_texts
+from experiments.benches.ttft import TtftBench, fit_to_length
 from experiments.models.load import load_model
 from experiments.models.random_weights import ARCHITECTURES, build_random_model, random_ids
 from experiments.notes import notes_of

@@ -6,7 +6,6 @@ import pandas as pd
 import pytest
 import yaml
 
-from experiments.benches.base import BENCHES
 from experiments.benches.opencompass.longbench import CATEGORIES
 from experiments.benches.opencompass.ruler import LENGTHS
 from experiments.report.published_scores import (
@@ -16,6 +15,7 @@ from experiments.report.published_scores import (
     format_published,
     load_published,
 )
+from experiments.settings.bench_names import BENCHES
 from experiments.settings.config import CONF
 from pbs.methods import METHODS
 

@@ -6,13 +6,14 @@ import pandas as pd
 import pytest
 import torch
 
+from experiments.files import to_json
 from experiments.report.timing_table import (
     timing_columns,
     timing_notes,
     timing_numbers,
     write_table7,
 )
-from experiments.store import RunStore, to_json
+from experiments.store import RunStore
 from experiments.timing.published import TABLE7
 from experiments.timing.timing_report import failures_of, summarise_times
 from pbs.methods.base import AttentionMethod

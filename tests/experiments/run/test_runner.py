@@ -9,12 +9,12 @@ import time
 
 import pytest
 
-from experiments.benches.needle import NeedleBench
 from experiments.gate import safety as gate
 from experiments.gate.safety import GateError
-from experiments.report.compare import changed_parameters, describe
+from experiments.report import run_pictures
 from experiments.run import runner
 from experiments.settings.config import RunConfig
+from experiments.settings.names import changed_parameters, describe
 from experiments.store import RunStore
 from pbs.methods import METHODS
 from tests.experiments.conftest import without_times
@@ -154,7 +154,7 @@ def test_a_picture_that_fails_costs_a_warning(compose_cell, monkeypatch, caplog)
     def explode(*_):
         raise ValueError("too few keys")
 
-    monkeypatch.setattr(NeedleBench, "draw", explode)
+    monkeypatch.setitem(run_pictures.OF_A_RUN, "needle", explode)
     store = RunStore(runner.run_cell(compose_cell("method=pbs")))
     assert store.metrics()["status"] == "finished"
     assert "no picture of this run: too few keys" in caplog.text

@@ -8,7 +8,7 @@ import pytest
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from experiments.benches.base import BENCHES
+from experiments.settings.bench_names import BENCHES
 from experiments.settings.config import CONF, ConfigError, ModelConfig, RunConfig, make_schema
 from pbs.methods import METHODS, build_method
 from pbs.orders import ORDERS

@@ -12,7 +12,7 @@ from experiments.benches.coverage.texts import make_prompts
 from experiments.gate.coverage import measure_coverage
 from experiments.models.load import load_model
 from experiments.notes import notes_of
-from experiments.report import attention_gallery
+from experiments.report import run_pictures
 from experiments.report.pictures import capture_calls
 from experiments.report.pictures import paper as paper_figures
 from experiments.report.table import make_rows
@@ -20,6 +20,7 @@ from experiments.results import load
 from experiments.run.runner import run_cell
 from experiments.settings.config import FIGURES, ConfigError, ModelConfig, RunConfig
 from experiments.store import RunStore
+from experiments.tools import attention_gallery as attention_gallery_command
 from pbs import build_method
 from tests.experiments.conftest import without_times
 
@@ -33,7 +34,7 @@ def tiny():
 
 @pytest.fixture
 def _no_pictures(monkeypatch):
-    monkeypatch.setattr(CoverageBench, "draw", lambda *_: [])
+    monkeypatch.delitem(run_pictures.OF_A_RUN, "coverage")
 
 
 @pytest.fixture
@@ -290,16 +291,16 @@ def test_a_run_draws_its_heads_and_maps_and_tracks_them(compose_cell, monkeypatc
 
     sent.clear()
     words = [str(folder), "--layers", "0", "--heads", "1", "--tokens", "400"]
-    assert attention_gallery.main(words) == 0
+    assert attention_gallery_command.main(words) == 0
     assert [path.name for path in sent] == ["attention_maps_layer00.png"]
     assert sent[0].stat().st_size > 10_000
 
 
 def test_a_gallery_of_what_is_not_there_is_refused(measure, tmp_path, capsys):
-    assert attention_gallery.main([str(tmp_path)]) == 1
+    assert attention_gallery_command.main([str(tmp_path)]) == 1
     assert "no folder of a run" in capsys.readouterr().err
     folder = measure("method=pbs", "bench.num_values=0").folder
-    assert attention_gallery.main([str(folder), "--heads", "7", "--tokens", "400"]) == 1
+    assert attention_gallery_command.main([str(folder), "--heads", "7", "--tokens", "400"]) == 1
     assert "head must lie in [0, 4), got 7" in capsys.readouterr().err
 
 
@@ -322,7 +323,7 @@ def test_special_layers_are_left_out_and_only_they_are_an_error(measure, compose
 
 def test_dense_attention_has_no_maps(measure, capsys):
     folder = measure("method=flash").folder
-    assert attention_gallery.main([str(folder), "--tokens", "400"]) == 0
+    assert attention_gallery_command.main([str(folder), "--tokens", "400"]) == 0
     assert "computes everything here" in capsys.readouterr().out
 
 

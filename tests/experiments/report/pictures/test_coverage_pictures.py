@@ -11,7 +11,7 @@ from matplotlib.text import Text
 from experiments.report.pictures.coverage_curves import Curve, draw_coverage_density, line_of
 from experiments.report.pictures.density_length import Series, draw_density_length, format_length
 from experiments.report.pictures.head_changes import draw_head_changes, draw_head_shares
-from experiments.report.pictures.looks import LOOKS, ORDER_LOOKS
+from experiments.report.pictures.looks import LOOKS, ORDER_LOOKS, Percent
 
 
 @pytest.fixture
@@ -21,7 +21,8 @@ def figures(monkeypatch):
     save = Figure.savefig
 
     def keep(self, *args, **kwargs):
-        saved.append(self)
+        if self not in saved:
+            saved.append(self)
         return save(self, *args, **kwargs)
 
     monkeypatch.setattr(Figure, "savefig", keep)
@@ -170,6 +171,38 @@ def test_heads_and_shares_are_written_where_there_is_room(tmp_path, figures):
     assert "0.0%" not in words
     draw_head_changes(heads(32, 32), SHARES, tmp_path / "h.png", title="t")
     assert "-40.0" not in texts(figures[1])
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([0.99, 0.992, 0.994], ["99.0%", "99.2%", "99.4%"]),
+        ([0.0, 0.025, 0.05], ["0.0%", "2.5%", "5.0%"]),
+        ([0.2, 0.4], ["20%", "40%"]),
+    ],
+)
+def test_ticks_have_the_decimals_that_their_steps_need(values, labels):
+    """They were "100 100 100 99 99 99 99 %", and steps of 2.5 were rounded."""
+    axis = Figure().subplots().yaxis
+    axis.set_major_formatter(Percent())
+    assert axis.get_major_formatter().format_ticks(values) == labels
+
+
+def test_no_two_ticks_of_a_colour_bar_say_the_same(tmp_path, figures):
+    frame = heads(2, 3)
+    frame["coverage"] = 0.9901 + frame["head"] * 0.001
+    draw_head_shares(frame, tmp_path / "h.png", title="t")
+    for axes in figures[0].axes:
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+        assert len(set(labels)) == len(labels)
+
+
+def test_a_pdf_lies_beside_each_png_and_equal_pictures_are_equal_files(tmp_path):
+    for name in ("a", "b"):
+        draw_head_shares(heads(2, 3), tmp_path / f"{name}.png", title="t")
+    for suffix in (".png", ".pdf"):
+        first, second = ((tmp_path / name).with_suffix(suffix).read_bytes() for name in "ab")
+        assert first == second
 
 
 def test_density_and_coverage_of_heads_have_a_map_each(tmp_path, figures):

@@ -48,7 +48,8 @@ def figures(monkeypatch):
     save = Figure.savefig
 
     def keep(self, *args, **kwargs):
-        saved.append(self)
+        if self not in saved:
+            saved.append(self)
         return save(self, *args, **kwargs)
 
     monkeypatch.setattr(Figure, "savefig", keep)
