@@ -83,6 +83,31 @@ class PairedScores:
 
 
 @dataclass(frozen=True)
+class PairedValues:
+    """A method against dense attention on the same samples, with a value each that has no bounds.
+
+    Attributes:
+        num_pairs: samples that both have.
+        difference: mean of the method minus mean of dense, in the values' unit.
+        low: lower end of Student's interval of the difference; None for one pair, and where no pair
+            differs, of which an interval of zero width would say too much.
+        high: upper end.
+        p_value: sign-flip permutation test of the mean difference, two-sided; 1 where ``low`` is
+            None.
+        num_higher: samples with a higher value than dense.
+        num_lower: samples with a lower one.
+    """
+
+    num_pairs: int
+    difference: float
+    low: float | None
+    high: float | None
+    p_value: float
+    num_higher: int
+    num_lower: int
+
+
+@dataclass(frozen=True)
 class Quantiles:
     """Median, 20th and 80th percentile of repeated measurements, in their unit.
 
@@ -252,17 +277,7 @@ def compare_paired_scores(
     interval = mean_difference_interval(differences, confidence, largest=float(factors.max()))
     p_value = 1.0
     if differences.any() and len(ids) > 1:
-        p_value = float(
-            permutation_test(
-                (differences,),
-                np.mean,
-                permutation_type="samples",
-                vectorized=True,
-                n_resamples=NUM_RESAMPLES,
-                batch=_batch(len(ids)),
-                rng=np.random.default_rng(seed),
-            ).pvalue
-        )
+        p_value = _sign_flip_test(differences, seed)
     return PairedScores(
         num_pairs=len(ids),
         difference=float(differences.mean()),
@@ -310,6 +325,80 @@ def mean_difference_interval(
     half = quantile * float(values.std(ddof=1)) / math.sqrt(len(values))
     mean = float(values.mean())
     return Interval(max(mean - half, -largest), min(mean + half, largest))
+
+
+def student_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Student's interval of a mean; of zero width if all values are the same.
+
+    Args:
+        values: at least 2.
+        confidence: in (0, 1).
+
+    Raises:
+        ValueError: fewer than 2 values, one that is not finite, or a confidence outside (0, 1).
+    """
+    _check_confidence(confidence)
+    finite = _finite(values, "value")
+    if len(finite) < 2:
+        raise ValueError(f"expected at least 2 values for an interval, got {len(finite)}")
+    quantile = float(student.ppf((1 + confidence) / 2, len(finite) - 1))
+    half = quantile * float(finite.std(ddof=1)) / math.sqrt(len(finite))
+    mean = float(finite.mean())
+    return Interval(mean - half, mean + half)
+
+
+def compare_paired_values(
+    ours: Mapping[str, float],
+    dense: Mapping[str, float],
+    confidence: float = 0.95,
+    *,
+    seed: int = 0,
+) -> PairedValues:
+    """Compare values that have no bounds (a loss, a divergence) sample by sample.
+
+    Args:
+        ours: sample id to value, of the method.
+        dense: the same of dense attention, of the same samples.
+        confidence: of the interval, in (0, 1).
+        seed: of the test where it samples.
+
+    Raises:
+        ValueError: no sample, samples that only one side has, a value that is not finite, or a
+            confidence outside (0, 1).
+    """
+    ids, _ = _common_ids(ours, dense, partial=False)
+    left = _finite([ours[sample] for sample in ids], "value of the method")
+    right = _finite([dense[sample] for sample in ids], "value of dense attention")
+    differences = left - right
+    low = high = None
+    p_value = 1.0
+    if len(ids) > 1 and differences.any():
+        interval = student_interval(differences.tolist(), confidence)
+        low, high = interval.low, interval.high
+        p_value = _sign_flip_test(differences, seed)
+    return PairedValues(
+        num_pairs=len(ids),
+        difference=float(differences.mean()),
+        low=low,
+        high=high,
+        p_value=p_value,
+        num_higher=int((differences > 0).sum()),
+        num_lower=int((differences < 0).sum()),
+    )
+
+
+def _sign_flip_test(differences: np.ndarray, seed: int) -> float:
+    """Two-sided p of the mean difference: all 2^n signs if they are few, else 9999 random ones."""
+    found = permutation_test(
+        (differences,),
+        np.mean,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=NUM_RESAMPLES,
+        batch=_batch(len(differences)),
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.pvalue)
 
 
 def quantiles(samples: Sequence[float]) -> Quantiles:

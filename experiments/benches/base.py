@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from experiments.metrics import Metric, summarise_metrics
+from experiments.notes import coverage_facts
+from experiments.run_environments import prefill_times
 from experiments.settings.config import ConfigError, RunConfig
 from experiments.store import Record
 
@@ -56,6 +59,10 @@ class Bench(ABC):
     # Parameters that say which samples are measured, or what is measured beside the answer, and
     # change no sample: runs that differ in these alone have samples in common.
     which_samples: ClassVar[tuple[str, ...]] = ("limit",)
+    # What is measured of each sample, the one that ranks runs first.
+    metrics: ClassVar[tuple[Metric, ...]] = ()
+    # Keys of the records that divide them into cells, the rows of results.
+    cells_by: ClassVar[tuple[str, ...]] = ()
     # Whether every cell times dense attention beside the method: no dense run is needed then.
     times_dense: ClassVar[bool] = False
 
@@ -104,15 +111,38 @@ class Bench(ABC):
     def run(self, context: Context) -> None:
         """Measure every sample that is not done and hand over its record."""
 
-    @abstractmethod
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Metrics of the records; pure, so that a resumed run equals an undisturbed one.
+        """Results of the records; pure, so that a resumed run equals an undisturbed one.
+
+        Default: means of the declared ``metrics``, of density, coverage and time to first token
+        where records have them, over all samples and over each cell (``cells_by``).
 
         Returns:
             ``{"total": {...}, "cells": [{...}, ...], ...}``; ``cells`` become the rows of
-            :func:`experiments.results.load`. Names that tables and pictures know: ``accuracy``,
-            ``num_samples``, ``density``, ``coverage``, ``prefill_seconds``.
+            :func:`experiments.results.load`. Beside the metrics, tables and pictures know
+            ``num_samples``, ``density``, ``coverage`` and ``prefill_seconds``.
         """
+        cells: dict[tuple[Any, ...], list[Record]] = {}
+        for record in records:
+            cells.setdefault(tuple(record[key] for key in self.cells_by), []).append(record)
+        return {
+            "total": self._measure(records),
+            "cells": [
+                {**dict(zip(self.cells_by, names, strict=True)), **self._measure(part)}
+                for names, part in cells.items()
+            ],
+        }
+
+    def _measure(self, records: Sequence[Record]) -> dict[str, Any]:
+        found = {"num_samples": len(records), **summarise_metrics(self.metrics, records)}
+        for name in ("density", "coverage"):
+            values = [record[name] for record in records if record.get(name) is not None]
+            found[name] = sum(values) / len(values) if values else None
+        if any("coverage" in record for record in records):
+            found |= coverage_facts(records)
+        if records and all("prefill_seconds" in record for record in records):
+            found |= prefill_times(records)
+        return found
 
     def paired_scores(
         self,

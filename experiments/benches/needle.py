@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.benches import needle_grid
 from experiments.benches.base import Bench, Context
 from experiments.content import input_digest
+from experiments.metrics import ACCURACY
 from experiments.run_environments import prefill_times
 from experiments.store import Record
 from pbs.registry import unknown
@@ -55,6 +56,7 @@ class NeedleBench(Bench):
         coverage_rows: queries a call to measure coverage on; null for all.
     """
 
+    metrics = (ACCURACY,)
     which_samples = (
         *("limit", "tasks", "lengths", "depths", "num_samples"),
         *("coverage_every", "coverage_layers", "coverage_heads", "coverage_rows"),

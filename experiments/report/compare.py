@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from experiments.metrics import ACCURACY, SCORE
 from experiments.pairing import Pairs, pair_records
 from experiments.settings.bench_names import BENCHES
 from experiments.settings.config import DENSE, RunConfig, parameters
@@ -111,15 +112,16 @@ def dense_command(cfg: RunConfig, overrides: Sequence[str]) -> str:
 
 
 def compare_with_dense(cfg: RunConfig, records: Sequence[Record]) -> dict[str, Any] | None:
-    """The paired difference in accuracy or score to the plain dense run of the same samples.
+    """The paired difference in the bench's metrics to the plain dense run of the same samples.
 
     Samples pair by their id and by what the model saw (:mod:`experiments.pairing`).
 
     Returns:
-        None without such a run, for that run itself, and for benches without right and wrong
-        answers and without scores. ``num_pairs`` samples are compared; ``num_unpaired`` are not in
-        the dense run, and ``differing`` names those that were asked something else there. Without
-        any pair there is no ``difference``.
+        None without such a run, for that run itself, and for benches without a metric that is
+        paired. ``difference``, ``low``, ``high`` and ``p_value`` are of accuracy, of scores or else
+        of the first metric; ``metrics`` has those of the others by their names. ``num_pairs``
+        samples are compared; ``num_unpaired`` are not in the dense run, and ``differing`` names
+        those that were asked something else there. Without any pair there is no ``difference``.
     """
     from experiments.statistics import compare_paired
 
@@ -137,11 +139,32 @@ def compare_with_dense(cfg: RunConfig, records: Sequence[Record]) -> dict[str, A
     }
     if not pairs.ours:
         return {**facts, **counts}
+    values = _compare_values(cfg, pairs)
     ours, theirs = _answers(pairs.ours), _answers(pairs.theirs)
     if ours.keys() & theirs.keys():
-        return {**facts, **asdict(compare_paired(ours, theirs, partial=True)), **counts}
-    scores = _compare_scores(cfg, pairs)
-    return None if scores is None else {**facts, **scores, **counts}
+        first = asdict(compare_paired(ours, theirs, partial=True))
+    else:
+        first = _compare_scores(cfg, pairs) or next(iter(values.values()), None)
+    return None if first is None else {**facts, **first, **counts, "metrics": values}
+
+
+def _compare_values(cfg: RunConfig, pairs: Pairs) -> dict[str, dict[str, Any]]:
+    """The same of every other metric that the bench declares to be paired, by its name."""
+    from experiments.statistics import compare_paired_values
+
+    found = {}
+    for metric in BENCHES.load(cfg.bench["name"]).metrics:
+        if not metric.is_paired or metric in (ACCURACY, SCORE):
+            continue
+        both = [
+            (ours["sample_id"], ours[metric.name], theirs[metric.name])
+            for ours, theirs in zip(pairs.ours, pairs.theirs, strict=True)
+            if None not in (ours.get(metric.name), theirs.get(metric.name))
+        ]
+        if both:
+            left, right = ({one[0]: one[side] for one in both} for side in (1, 2))
+            found[metric.name] = asdict(compare_paired_values(left, right))
+    return found
 
 
 def _compare_scores(cfg: RunConfig, pairs: Pairs) -> dict[str, Any] | None:

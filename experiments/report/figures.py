@@ -19,7 +19,7 @@ from experiments.report.pictures.looks import (
     new_figure,
 )
 from experiments.report.runs import Group
-from experiments.report.tables import missing_dense, run_frame, value_name
+from experiments.report.tables import main_metric, missing_dense, run_frame
 
 DENSITY_LABEL = "density: computed tiles / tiles of dense causal attention"
 COVERAGE_LABEL = "coverage: attention probability on computed tiles"
@@ -29,7 +29,7 @@ MOST_INTERVALS = 12
 
 
 def draw_pareto(group: Group) -> Figure | str:
-    """Accuracy or score against density and against time; the grey line is the Pareto front.
+    """The main metric against density and against time; the grey line is the Pareto front.
 
     Numbers are those of the table's rows. Runs on the line are beaten by no other run in both
     quantities.
@@ -41,17 +41,20 @@ def draw_pareto(group: Group) -> Figure | str:
     has_times = frame["prefill_seconds"].notna().any()
     figure = new_figure(11.0 if has_times else 6.5, 4.8)
     panels = figure.subplots(1, 2 if has_times else 1, sharey=True, squeeze=False)[0]
-    draw_trade_off(panels[0], frame, "density", "value")
+    metric = main_metric(group)
+    is_up = metric.higher_is_better
+    draw_trade_off(panels[0], frame, "density", "value", higher_is_better=is_up)
     panels[0].set_xlabel(DENSITY_LABEL)
-    panels[0].set_ylabel(value_name(group))
+    panels[0].set_ylabel(metric.heading)
     panels[0].xaxis.set_major_formatter(Percent())
     if has_times:
         timed = frame.assign(ms=1000 * frame["prefill_seconds"])[frame["prefill_seconds"].notna()]
-        draw_trade_off(panels[1], timed, "ms", "value")
+        draw_trade_off(panels[1], timed, "ms", "value", higher_is_better=is_up)
         lengths = {int(length) for length in timed["timed_length"].dropna()}
         where = f" at {lengths.pop()} tokens" if len(lengths) == 1 else ""
         panels[1].set_xlabel(f"prefill{where}, ms (median)")
-    figure.suptitle(f"{group.title}: what accuracy costs (better: up and to the left)")
+    towards = "up" if is_up else "down"
+    figure.suptitle(f"{group.title}: what {metric.name} costs (better: {towards} and to the left)")
     add_legend(figure, frame["method"])
     return figure
 
@@ -144,17 +147,22 @@ def draw_differences(group: Group) -> Figure | str:
     return figure
 
 
-def draw_trade_off(axes: Axes, frame: pd.DataFrame, x: str, y: str) -> None:
+def draw_trade_off(
+    axes: Axes, frame: pd.DataFrame, x: str, y: str, *, higher_is_better: bool = True
+) -> None:
     """Runs as points in the colours of their methods, numbered, with the Pareto front.
 
     Args:
         axes: where to draw.
         frame: one row per run with ``method`` and the two columns; the index numbers the runs. Less
-            of ``x`` and more of ``y`` is better.
+            of ``x`` is better.
         x: column of the horizontal axis.
         y: column of the vertical axis; intervals are drawn from ``<y>_low`` to ``<y>_high``.
+        higher_is_better: whether more of ``y`` is better.
     """
-    points = pareto_front(frame, x, y)
+    sign = 1 if higher_is_better else -1
+    points = pareto_front(frame.assign(**{y: sign * frame[y]}), x, y)
+    points = points.assign(**{y: sign * points[y]})
     if len(points) > 1:
         # A step: between two runs nothing better than the cheaper one has been seen.
         axes.step(

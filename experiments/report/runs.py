@@ -13,7 +13,7 @@ import yaml
 
 from experiments.report.compare import READ_ERRORS, config_of, is_plain_dense
 from experiments.report.pictures.looks import LOOKS
-from experiments.report.table import Row, flatten_settings, make_rows, times_dense
+from experiments.report.table import Row, flatten_settings, make_rows, metrics_in, times_dense
 from experiments.results import find_runs
 from experiments.settings.bench_names import BENCHES
 from experiments.settings.config import RunConfig
@@ -100,8 +100,9 @@ class Group:
 
     @property
     def has_answers(self) -> bool:
-        """Whether there are right answers or scores."""
-        return any(row.get(key) is not None for row in self.rows for key in ("accuracy", "score"))
+        """Whether any run has a metric of its bench."""
+        names = [metric.name for metric in metrics_in(self.rows)]
+        return any(row.get(name) is not None for row in self.rows for name in names)
 
     @property
     def is_timing(self) -> bool:

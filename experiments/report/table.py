@@ -13,6 +13,7 @@ from rich.table import Table
 
 from experiments.files import write_atomically
 from experiments.machine_load import load_warning
+from experiments.metrics import ACCURACY, SCORE, Metric
 from experiments.notes import describe_coverage, describe_truncation, notes_of
 from experiments.report.compare import (
     compare_with_dense,
@@ -65,6 +66,7 @@ def _row(folder: Path, cfg: RunConfig) -> Row:
     row: Row = {
         "label": metrics.get("label", folder.parent.name),
         "method": folder.parent.name,
+        "bench": cfg.bench["name"],
         "hash": folder.name,
         "status": metrics.get("status", "interrupted"),
         "partial": metrics.get("partial"),
@@ -90,10 +92,9 @@ def _row(folder: Path, cfg: RunConfig) -> Row:
         return row
     results = metrics["results"]
     length, timed = _longest(results)
-    totals = (
-        *("num_samples", "score", "accuracy", "accuracy_low", "accuracy_high"),
-        *("density", "coverage"),
-    )
+    metrics_declared = BENCHES.load(cfg.bench["name"]).metrics
+    keys = (key for metric in metrics_declared for key in metric.keys)
+    totals = ("num_samples", *keys, "density", "coverage")
     row |= {key: results["total"].get(key) for key in totals} | {"load": metrics.get("load")}
     row |= {"timed_length": length, "num_timed": timed.get("num_samples")}
     times = ("prefill_seconds", "prefill_p20", "prefill_p80", "no_time")
@@ -108,6 +109,9 @@ def _row(folder: Path, cfg: RunConfig) -> Row:
     paired = compare_with_dense(cfg, records) or {}
     row |= {key: paired.get(key) for key in ("difference", "low", "high", "p_value")}
     row |= {key: paired.get(key) for key in ("num_pairs", "num_unpaired", "num_differing")}
+    for name, values in (paired.get("metrics") or {}).items():
+        row |= {f"{name}_{key}": values[key] for key in ("difference", "p_value")}
+        row |= {f"{name}_difference_{key}": values[key] for key in ("low", "high")}
     row |= {"differing": ", ".join(paired.get("differing", ())), "dense_hash": paired.get("hash")}
     return row | compare_times(cfg, store, length)
 
@@ -171,23 +175,56 @@ def format_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
             "density, %": [_percent(row, "density") or row["status"] for row in rows],
             "coverage, %": [_percent(row, "coverage") for row in rows],
         }
-    accuracy = [_percent(row, "accuracy", "accuracy_low", "accuracy_high") for row in rows]
-    has_scores = any(row.get("score") is not None and row.get("accuracy") is None for row in rows)
+    is_timed = not finished or any(
+        row.get(key) for row in rows for key in ("prefill_seconds", "no_time")
+    )
+    times = {f"prefill{where}, ms": [_time(row) for row in rows]}
+    times |= {"speed-up over dense": [_speed_up(row) for row in rows]}
     return {
         "method": [row["label"] for row in rows],
         **matched,
-        **({"score": [_score(row) for row in rows]} if has_scores else {"accuracy, %": accuracy}),
-        "difference to dense, points": [_difference(row) for row in rows],
+        **_metric_columns(rows),
         "density, %": [_percent(row, "density") for row in rows],
         "coverage, %": [_percent(row, "coverage") for row in rows],
-        f"prefill{where}, ms": [_time(row) for row in rows],
-        "speed-up over dense": [_speed_up(row) for row in rows],
+        **(times if is_timed else {}),
     }
 
 
+def metrics_in(rows: Sequence[Row]) -> list[Metric]:
+    """The metrics of the rows' bench that a table shows: those that any row has.
+
+    Of accuracy and score only one: the score where some run has no accuracy. Without any result the
+    first that the bench declares.
+    """
+    name = next((row["bench"] for row in rows if row.get("bench")), None)
+    declared = BENCHES.load(name).metrics if name else (ACCURACY, SCORE)
+    if {ACCURACY, SCORE} <= set(declared):
+        has_scores = any(
+            row.get("score") is not None and row.get("accuracy") is None for row in rows
+        )
+        dropped = ACCURACY if has_scores else SCORE
+        declared = tuple(metric for metric in declared if metric != dropped)
+    found = [one for one in declared if any(row.get(one.name) is not None for row in rows)]
+    return found or list(declared[:1])
+
+
+def _metric_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Every metric, and beside it its difference to dense if it is paired."""
+    columns = {}
+    for number, metric in enumerate(metrics_in(rows)):
+        columns[metric.heading] = [_value(row, metric) for row in rows]
+        if metric.is_paired:
+            which = "" if number == 0 else f"{metric.name}: "
+            unit = f", {metric.difference_unit}" if metric.difference_unit else ""
+            name = f"{which}difference to dense{unit}"
+            columns[name] = [_difference(row, metric, is_first=number == 0) for row in rows]
+    return columns
+
+
 def _is_compared(row: Row) -> bool:
-    """Whether the bench has answers or times that a dense run can be set beside."""
-    return any(row.get(key) is not None for key in ("accuracy", "score", "prefill_seconds"))
+    """Whether the run has metrics or times that a dense run can be set beside."""
+    names = (*(metric.name for metric in metrics_in([row])), "prefill_seconds")
+    return any(row.get(name) is not None for name in names)
 
 
 def _target(row: Row) -> str:
@@ -198,30 +235,31 @@ def _target(row: Row) -> str:
     return f"{target}: {'' if row['match_is_met'] else 'nearest '}{100 * row['match_held_out']:.1f}"
 
 
-def _score(row: Row) -> str:
-    """A score of 0 to 100, of benches whose answers are not simply right or wrong."""
+def _value(row: Row, metric: Metric) -> str:
     if row["status"] != "finished":
         return row["status"]
-    return "–" if row.get("score") is None else f"{row['score']:.2f}"
-
-
-def _percent(row: Row, key: str, low: str = "", high: str = "") -> str:
-    if row["status"] != "finished":
-        return row["status"] if key == "accuracy" else ""
-    if row.get(key) is None:
+    if row.get(metric.name) is None:
         return "–"
-    text = f"{100 * row[key]:.1f}"
-    return f"{text} [{100 * row[low]:.1f}, {100 * row[high]:.1f}]" if low else text
+    return metric.text(*(row.get(key) for key in metric.keys))
 
 
-def _difference(row: Row) -> str:
+def _percent(row: Row, key: str) -> str:
+    if row["status"] != "finished":
+        return ""
+    return "–" if row.get(key) is None else f"{100 * row[key]:.1f}"
+
+
+def _difference(row: Row, metric: Metric, *, is_first: bool) -> str:
     if row["status"] != "finished":
         return ""
     if row["is_reference"]:
         return "reference"
-    if row.get("difference") is None:
+    own = f"{metric.name}_difference"
+    names = ("difference", "low", "high") if is_first else (own, f"{own}_low", f"{own}_high")
+    difference, low, high = (row.get(name) for name in names)
+    if difference is None:
         return "no dense run" if row["dense_command"] else _unpaired(row)
-    return f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+    return metric.difference_text(difference, low, high)
 
 
 def _unpaired(row: Row) -> str:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.metrics import SCORE, Metric
 from experiments.report.runs import Group, Results
-from experiments.report.table import Row, format_columns
+from experiments.report.table import Row, format_columns, metrics_in
 from experiments.settings.config import DENSE
 
 # Columns of cells in :func:`winners` that are no names of theirs.
@@ -46,19 +47,19 @@ def score_table(group: Group) -> pd.DataFrame:
 def run_frame(group: Group) -> pd.DataFrame:
     """The same as numbers, one row per run; the index as in :func:`score_table`.
 
-    Columns: ``label``, ``method``, ``value`` (the accuracy or score, 0 to 100) with ``value_low``
+    Columns: ``label``, ``method``, ``value`` (of :func:`main_metric`, as shown) with ``value_low``
     and ``value_high`` where an interval is known, ``density``, ``coverage``, ``prefill_seconds``,
-    ``speed_up``, and ``difference``, ``low``, ``high`` (points) and ``p_value`` against dense.
+    ``speed_up``, and ``difference``, ``low``, ``high`` and ``p_value`` against dense.
     """
-    frame = pd.DataFrame([_numbers(row) for row in group.rows])
+    metric = main_metric(group)
+    frame = pd.DataFrame([_numbers(row, metric) for row in group.rows])
     frame.index = pd.RangeIndex(1, len(frame) + 1, name="#")
     return frame
 
 
-def value_name(group: Group) -> str:
-    """What ``value`` is in :func:`run_frame`."""
-    has_accuracy = any(row.get("accuracy") is not None for row in group.rows)
-    return "accuracy, %" if has_accuracy else "score"
+def main_metric(group: Group) -> Metric:
+    """What ``value`` is in :func:`run_frame`: the metric that ranks the group's runs."""
+    return next(iter(metrics_in(group.rows)), SCORE)
 
 
 def paired_table(group: Group) -> pd.DataFrame | str:
@@ -67,12 +68,16 @@ def paired_table(group: Group) -> pd.DataFrame | str:
     frame = frame[frame["difference"].notna()]
     if frame.empty:
         return missing_dense(group)
+    metric = main_metric(group)
     table = frame[["label", "difference", "low", "high", "p_value"]].copy()
     table["reading"] = [
-        _reading(low, high) for low, high in zip(frame.low, frame.high, strict=True)
+        _reading(low, high, metric) for low, high in zip(frame.low, frame.high, strict=True)
     ]
-    names = {"label": "method", "difference": "difference, points", "p_value": "p"}
-    return table.round({"difference": 1, "low": 1, "high": 1, "p_value": 4}).rename(columns=names)
+    unit = f", {metric.difference_unit}" if metric.difference_unit else ""
+    names = {"label": "method", "difference": f"difference{unit}", "p_value": "p"}
+    decimals = 1 if metric.difference_unit == "points" else metric.decimals
+    digits = dict.fromkeys(("difference", "low", "high"), decimals) | {"p_value": 4}
+    return table.round(digits).rename(columns=names)
 
 
 def missing_dense(group: Group) -> str:
@@ -90,16 +95,17 @@ def missing_dense(group: Group) -> str:
 def winners(group: Group) -> pd.DataFrame | str:
     """Which sparse run is best in every cell of the bench, for needle a task at a length.
 
-    Best is the highest accuracy or score, and of equal ones the lowest density. ``tied`` counts the
-    others with the same score, ``ahead`` is the lead over the next lower one in points, and
-    ``samples`` how many both rest on: a lead of few samples is no proof.
+    Best is the best value of :func:`main_metric`, and of equal ones the lowest density. ``tied``
+    counts the others with the same value, ``ahead`` is the lead over the next one, and ``samples``
+    how many both rest on: a lead of few samples is no proof.
     """
+    metric = main_metric(group)
     cells = pd.DataFrame(
         [
-            {"label": run.label, "method": run.method, **_cell(cell)}
+            {"label": run.label, "method": run.method, **_cell(cell, metric)}
             for run in group.runs
             for cell in run.metrics["results"]["cells"]
-            if _cell(cell)["value"] is not None
+            if cell.get(metric.name) is not None
         ]
     )
     if cells.empty or (cells["method"] == DENSE).all():
@@ -110,12 +116,12 @@ def winners(group: Group) -> pd.DataFrame | str:
     rows = []
     for names, cell in cells.groupby(keys, sort=False, dropna=False):
         sparse = cell[cell["method"] != DENSE].sort_values(
-            ["value", "density"], ascending=[False, True], kind="stable"
+            ["value", "density"], ascending=[not metric.higher_is_better, True], kind="stable"
         )
         if sparse.empty:
             continue
         best = sparse.iloc[0]
-        lower = sparse.loc[sparse["value"] < best["value"], "value"]
+        others = sparse.loc[sparse["value"] != best["value"], "value"]
         dense = cell.loc[cell["label"] == DENSE, "value"]  # the plain one
         rows.append(
             {
@@ -126,11 +132,12 @@ def winners(group: Group) -> pd.DataFrame | str:
                 "dense": dense.iloc[0] if len(dense) else None,
                 "density": best["density"],
                 "tied": int((sparse["value"] == best["value"]).sum()) - 1,
-                "ahead": best["value"] - lower.iloc[0] if len(lower) else None,
+                "ahead": abs(best["value"] - others.iloc[0]) if len(others) else None,
             }
         )
-    table = pd.DataFrame(rows).round({"value": 1, "dense": 1, "density": 3, "ahead": 1})
-    return table.rename(columns={"value": value_name(group)})
+    decimals = 1 if metric.difference_unit == "points" else metric.decimals
+    digits = dict.fromkeys(("value", "dense", "ahead"), decimals) | {"density": 3}
+    return pd.DataFrame(rows).round(digits).rename(columns={"value": metric.heading})
 
 
 def wins(group: Group) -> pd.DataFrame | str:
@@ -164,38 +171,40 @@ def layer_table(group: Group) -> pd.DataFrame | str:
     return pd.DataFrame(columns).rename_axis("layer").round(3)
 
 
-def _numbers(row: Row) -> dict[str, Any]:
-    def points(key: str) -> float | None:
-        return None if row.get(key) is None else 100 * row[key]
+def _numbers(row: Row, metric: Metric) -> dict[str, Any]:
+    def shown(key: str, factor: float) -> float | None:
+        return None if row.get(key) is None else factor * row[key]
 
-    has_accuracy = row.get("accuracy") is not None
     return {
         "label": row["label"],
         "method": row["method"],
-        "value": points("accuracy") if has_accuracy else row.get("score"),
-        "value_low": points("accuracy_low"),
-        "value_high": points("accuracy_high"),
+        "value": shown(metric.name, metric.factor),
+        "value_low": shown(f"{metric.name}_low", metric.factor),
+        "value_high": shown(f"{metric.name}_high", metric.factor),
         **{key: row.get(key) for key in ("density", "coverage", "prefill_seconds", "speed_up")},
-        **{key: points(key) for key in ("difference", "low", "high")},
+        **{key: shown(key, metric.difference_factor) for key in ("difference", "low", "high")},
         "p_value": row.get("p_value"),
         "timed_length": row.get("timed_length"),
     }
 
 
-def _cell(cell: dict[str, Any]) -> dict[str, Any]:
-    accuracy = cell.get("accuracy")
+def _cell(cell: dict[str, Any], metric: Metric) -> dict[str, Any]:
     # What a cell is called: task, length, difficulty, category.
     names = {key: text for key, text in cell.items() if isinstance(text, str) or key == "length"}
     return {
         **names,
         "samples": cell.get("num_samples"),
-        "value": 100 * accuracy if accuracy is not None else cell.get("score"),
+        "value": metric.factor * cell[metric.name],
         "density": cell.get("density"),
     }
 
 
-def _reading(low: float, high: float) -> str:
+def _reading(low: float | None, high: float | None, metric: Metric) -> str:
     """What a 95 % interval of a difference says."""
+    if low is None or high is None or pd.isna(low) or pd.isna(high):
+        return "too little for an interval"
+    if not metric.higher_is_better:
+        low, high = -high, -low
     if high < 0:
         return "worse than dense"
     return "better than dense" if low > 0 else "no difference shown"

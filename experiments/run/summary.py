@@ -8,7 +8,7 @@ from pathlib import Path
 
 from experiments.files import remove_scratch
 from experiments.report.scores import report_scores
-from experiments.report.table import Row, make_rows, reading_notes, show, write
+from experiments.report.table import Row, make_rows, metrics_in, reading_notes, show, write
 from experiments.report.timing_table import timing_notes, write_table7
 from experiments.run.group_files import draw_group, is_stale, runs_of_group
 from experiments.run.tracking import Tracker
@@ -77,24 +77,28 @@ def _draw_figure(name: str, group: Path, cells: Sequence[Path]) -> None:
         logger.warning("no %s: %s", name, error)
 
 
+# What brackets hold, by the interval that a metric declares.
+INTERVALS = {
+    "wilson": "{} and difference 95 % intervals (Wilson; paired, Newcombe)",
+    "student": "{} and difference 95 % intervals (Student; paired)",
+    None: "difference of the overall {}s 95 % interval (paired, Student with two added pairs)",
+}
+
+
 def _notes(group: Path, rows: Sequence[Row], pictures: Iterable[Path]) -> list[str]:
     """What to know and where to look."""
     notes = []
     if any(row.get("is_timing") for row in rows):
         notes += timing_notes(rows)
-    elif any(row.get("prefill_seconds") for row in rows):
-        has_scores = any(
-            row.get("score") is not None and row.get("accuracy") is None for row in rows
-        )
-        intervals = (
-            "difference of the overall scores 95 % interval (paired, Student with two added pairs)"
-            if has_scores
-            else "accuracy and difference 95 % intervals (Wilson; paired, Newcombe)"
-        )
-        notes.append(
-            f"brackets: {intervals}, time 20th to 80th percentile; (n = 2): only the median, of "
-            "too few times for percentiles"
-        )
+    else:
+        texts = [INTERVALS[metric.interval].format(metric.name) for metric in metrics_in(rows)]
+        if any(row.get("prefill_seconds") for row in rows):
+            texts.append(
+                "time 20th to 80th percentile; (n = 2): only the median, of too few times for "
+                "percentiles"
+            )
+        if any(row["status"] == "finished" for row in rows):
+            notes += [f"brackets: {', '.join(texts)}"] if texts else []
     notes += reading_notes(rows)
     commands = {row["dense_command"]: None for row in rows if row["dense_command"]}
     notes += [f"no dense run to compare with; make it with: {command}" for command in commands]
@@ -129,7 +133,9 @@ def _track(
         kind="comparison",
         config={"cells": [cell.name for cell in cells]},
     )
-    quantity = "speed_up" if any(row.get("is_timing") for row in rows) else "accuracy"
-    shown = (quantity, f"{quantity}_low", f"{quantity}_high")
+    if any(row.get("is_timing") for row in rows):
+        shown = ["speed_up", "speed_up_low", "speed_up_high"]
+    else:
+        shown = [key for metric in metrics_in(rows) for key in metric.keys]
     numbers = {f"{name}/{row['label']}": row.get(name) for row in rows for name in shown}
     tracker.finish(numbers, table=rows, pictures=pictures)

@@ -21,7 +21,7 @@ import pandas as pd
 
 from experiments.files import write_atomically
 from experiments.report.runs import READ_ERRORS, Group, Problem, Results, Run, read_results
-from experiments.report.table import Row
+from experiments.report.table import Row, metrics_in
 
 # How far a number may lie from the one its samples give: rounding, on the way through a CSV.
 TOLERANCE = 1e-6
@@ -56,6 +56,10 @@ COLUMNS = (
 )
 
 
+# Sorts the rows, best first; no column of the table.
+RANK = "rank"
+
+
 class RefusedError(ValueError):
     """A row that may not stand in a leaderboard; the message names its run and says why."""
 
@@ -63,9 +67,9 @@ class RefusedError(ValueError):
 def make_leaderboard(results: Results) -> tuple[pd.DataFrame, list[str]]:
     """All finished runs, best score first within a bench and model, and why others are refused.
 
-    Columns ``COLUMNS``. ``score`` is the accuracy or the bench's own score, 0 to 100 (empty for
-    benches of times and coverage), ``density`` and ``coverage`` are shares, ``speed_up`` is over
-    dense attention on the same device at ``speed_up_at`` tokens, from ``speed_up_low`` to
+    Columns ``COLUMNS``. ``score`` is the main metric of the bench, ``score_unit`` its name and unit
+    (empty for benches of times and coverage), ``density`` and ``coverage`` are shares, ``speed_up``
+    is over dense attention on the same device at ``speed_up_at`` tokens, from ``speed_up_low`` to
     ``speed_up_high`` (95 % over samples that both timed; percentiles over rounds for benches of
     times). ``load`` is the share of the processors that other processes kept busy meanwhile.
     """
@@ -78,10 +82,9 @@ def make_leaderboard(results: Results) -> tuple[pd.DataFrame, list[str]]:
                 refused.append(str(error))
             else:
                 rows.append(_row(group, run, row))
-    frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    order = ["bench", "model", "bench_setting", "score", "method", "setting"]
-    is_up = [True, True, True, False, True, True]
-    return frame.sort_values(order, ascending=is_up, ignore_index=True), refused
+    frame = pd.DataFrame(rows, columns=[*COLUMNS, RANK])
+    order = ["bench", "model", "bench_setting", RANK, "method", "setting"]
+    return frame.sort_values(order, ignore_index=True).drop(columns=RANK), refused
 
 
 def _broken(results: Results) -> list[Problem]:
@@ -123,7 +126,8 @@ def check_run(run: Run) -> None:
     except READ_ERRORS as error:
         reason = f"its samples cannot be summed up ({type(error).__name__}: {error})"
         raise RefusedError(f"{run.folder}: {reason}") from error
-    for name in ("accuracy", "score", "density", "coverage", "prefill_seconds"):
+    names = dict.fromkeys(("accuracy", "score", *(metric.name for metric in bench.metrics)))
+    for name in (*names, "density", "coverage", "prefill_seconds"):
         if not _is_equal(total.get(name), measured.get(name)):
             _refuse(
                 run.folder,
@@ -170,7 +174,8 @@ def _check_row(
 
 
 def _row(group: Group, run: Run, row: Row) -> dict[str, Any]:
-    has_accuracy = row.get("accuracy") is not None
+    metric = next(iter(metrics_in([row])), None)
+    value = None if metric is None else row.get(metric.name)
     setting = run.label.removeprefix(run.method).strip()
     return {
         "method": run.method,
@@ -178,12 +183,9 @@ def _row(group: Group, run: Run, row: Row) -> dict[str, Any]:
         "model": group.model,
         "bench": group.bench,
         "bench_setting": _bench_setting(run),
-        "score": 100 * row["accuracy"] if has_accuracy else row.get("score"),
-        "score_unit": "accuracy, %"
-        if has_accuracy
-        else ""
-        if row.get("score") is None
-        else "score",
+        "score": None if value is None else metric.factor * value,
+        "score_unit": "" if value is None else metric.heading,
+        RANK: math.inf if metric is None else metric.best_first(value),
         "density": row.get("density"),
         "coverage": row.get("coverage"),
         **{key: row.get(key) for key in ("speed_up", "speed_up_low", "speed_up_high", "load")},

@@ -18,6 +18,7 @@ from typing_extensions import override
 from experiments.benches.base import Bench, Context
 from experiments.benches.opencompass.files import MissingDataError, find_folder
 from experiments.benches.opencompass.parts import Part
+from experiments.metrics import ACCURACY, SCORE
 from experiments.run_environments import prefill_times
 from experiments.settings.config import ConfigError
 from experiments.settings.explain import NO_SLURM
@@ -52,6 +53,7 @@ class OpenCompassBench(Bench):
     """
 
     all_tasks: ClassVar[tuple[str, ...]] = ()
+    metrics = (ACCURACY, SCORE)
     which_samples = ("limit", "tasks", "fraction")
     # Whether OpenCompass's configs say how long an answer may be.
     states_out_len: ClassVar[bool] = False
