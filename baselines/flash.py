@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pbs.checks import check_choice
 from pbs.methods.base import AttentionMethod, Call
+from pbs.methods.facts import Facts
 from pbs.ops.dense import DENSE_KERNELS, choose_dense_kernel, dense_attention
 from pbs.ops.plan import AttentionPlan
 
@@ -23,6 +24,8 @@ class FlashAttention(AttentionMethod):
 
     Source: arXiv 2307.08691 (FlashAttention-2).
     """
+
+    facts = Facts("dense (flash)", "#000000", "*", selection="none")
 
     kernel: str = "auto"
 

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from pbs.checks import check_block_size, check_positive_int, check_threshold
 from pbs.methods.base import AttentionMethod, Call, Knob
+from pbs.methods.facts import Facts, at
 from pbs.ops.grid import BlockGrid
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.pooling import block_logits, mean_pool, softmax_over
@@ -43,6 +44,14 @@ class FlexPrefill(AttentionMethod):
     """
 
     knob = Knob("gamma", low=0.001, high=1.0)
+    facts = Facts(
+        "FlexPrefill",
+        "#E69F00",
+        "P",
+        selection="flexprefill",
+        row_local_with={"tau": 0.0},
+        curve=at("gamma", 0.5, 0.7, 0.9),
+    )
 
     block_size: int = 128
     gamma: float = 0.95

@@ -8,6 +8,7 @@ import torch
 
 from pbs.checks import check_block_size, check_choice, check_threshold
 from pbs.methods.base import AttentionMethod, Call, Knob
+from pbs.methods.facts import Facts, at
 from pbs.ops.grid import candidate_tiles
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.stages import stage
@@ -29,6 +30,9 @@ class MeanPooling(AttentionMethod):
     """
 
     knob = Knob("threshold", low=0.001, high=1.0)
+    facts = Facts(
+        "MeanPooling", "#0072B2", "s", selection="pooled", curve=at("threshold", 0.5, 0.7, 0.9)
+    )
 
     block_size: int = 128
     threshold: float = 0.9

@@ -28,6 +28,7 @@ from baselines.vertical_slash import (
 )
 from pbs.checks import check_choice, check_integer, check_table
 from pbs.methods.base import AttentionMethod, Call, Knob
+from pbs.methods.facts import Facts
 from pbs.ops.block_selection import list_blocks
 from pbs.ops.grid import BlockGrid
 from pbs.ops.plan import AttentionPlan
@@ -80,6 +81,17 @@ class MInference(AttentionMethod):
     """
 
     knob = Knob("adaptive_budget", low=0.001, high=1.0, fixed={"preset": "adaptive"})
+    facts = Facts(
+        "MInference",
+        "#009E73",
+        "^",
+        selection="last_queries",
+        curve=(
+            {"vertical_size": 16, "slash_size": 64},
+            {"vertical_size": 64, "slash_size": 256},
+            {"vertical_size": 256, "slash_size": 1024},
+        ),
+    )
 
     preset: str = "paper"
     config_path: str | None = None

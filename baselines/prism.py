@@ -8,6 +8,7 @@ import torch
 
 from pbs.checks import check_block_size, check_choice, check_integer, check_threshold
 from pbs.methods.base import AttentionMethod, Call, Knob
+from pbs.methods.facts import Facts, at
 from pbs.ops.block_selection import select_top_p
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.pooling import mean_pool
@@ -31,6 +32,7 @@ class Prism(AttentionMethod):
     """
 
     knob = Knob("threshold", low=0.001, high=1.0)
+    facts = Facts("Prism", "#999933", "h", selection="prism", curve=at("threshold", 0.5, 0.7, 0.9))
 
     block_size: int = 128
     threshold: float = 0.95

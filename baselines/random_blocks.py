@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pbs.checks import check_block_size, check_threshold
 from pbs.methods.base import AttentionMethod, Call, Knob
+from pbs.methods.facts import Facts, at
 from pbs.ops.block_selection import list_blocks
 from pbs.ops.grid import BlockGrid
 from pbs.ops.plan import AttentionPlan, own_windows
@@ -42,6 +43,9 @@ class RandomBlocks(AttentionMethod):
     """
 
     knob = Knob("density", low=0.001, high=1.0)
+    facts = Facts(
+        "random blocks", "#DDCC77", "d", selection="none", curve=at("density", 0.2, 0.35, 0.5)
+    )
 
     block_size: int = 128
     density: float = 0.5

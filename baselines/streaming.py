@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pbs.checks import check_block_size, check_integer
 from pbs.methods.base import AttentionMethod, Call, Knob
+from pbs.methods.facts import Facts
 from pbs.ops.block_selection import list_blocks
 from pbs.ops.grid import BlockGrid
 from pbs.ops.plan import AttentionPlan
@@ -33,6 +34,18 @@ class StreamingLLM(AttentionMethod):
     Source: arXiv 2309.17453. The default sizes are those of the baseline "StreamingLLM" in the
     MInference paper (arXiv 2407.02490), 1024 + 4096; tri-shape is from arXiv 2412.10319.
     """
+
+    facts = Facts(
+        "StreamingLLM",
+        "#56B4E9",
+        "X",
+        selection="none",
+        curve=(
+            {"n_init": 128, "n_local": 512},
+            {"n_init": 256, "n_local": 1024},
+            {"n_init": 512, "n_local": 2048},
+        ),
+    )
 
     # n_init stays a quarter of n_local, as in the defaults. No prompt is longer than 2^20 tokens.
     knob = Knob("n_local", low=1, high=1 << 20, is_integer=True, proportional=("n_init",))

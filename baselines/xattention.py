@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pbs.checks import check_block_size, check_choice, check_table
 from pbs.methods.base import AttentionMethod, Call, Knob
+from pbs.methods.facts import Facts, at
 from pbs.ops.antidiagonal import antidiagonal_block_sums, query_groups
 from pbs.ops.grid import BlockGrid
 from pbs.ops.plan import AttentionPlan
@@ -33,6 +34,9 @@ class XAttention(AttentionMethod):
     """
 
     knob = Knob("threshold", low=0.0, high=1.0)
+    facts = Facts(
+        "XAttention", "#CC79A7", "v", selection="antidiagonal", curve=at("threshold", 0.5, 0.7, 0.9)
+    )
 
     block_size: int = 128
     stride: int = 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from importlib import import_module
 
@@ -24,6 +24,10 @@ class Registry:
     def names(self) -> list[str]:
         """Valid names, sorted."""
         return sorted(self._entries)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names in the order of their lines; ``names`` has them sorted."""
+        return iter(list(self._entries))
 
     def register(self, name: str, entry: str) -> None:
         """Add an entry in this process, such as a class of a notebook: ``"__main__:MyClass"``.

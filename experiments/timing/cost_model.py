@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from pbs.methods import METHODS
+from pbs.methods.facts import Facts
+
 FP32 = 4
 INT16 = 2
 INT64 = 8
@@ -152,14 +155,12 @@ def method_cost(
     Raises:
         ValueError: a method without a count.
     """
-    if method not in _SELECTION:
-        known = ", ".join(sorted(_SELECTION))
-        raise ValueError(f"no cost is known for method {method!r}; known: {known}")
+    facts = _facts_of(method)
     tiles = -(-num_tokens // block_size)
     lists = density * shape.q_heads * tiles * (tiles + 1) / 2 * INT16
     stages: dict[str, Work] = {}
     order_heads = shape.kv_heads
-    if method in ("pbs", "pbs_plus"):
+    if facts.moves_keys:
         order_heads = shape.kv_heads if shared_order else shape.q_heads
         copy = shape.key_bytes(num_tokens, heads=order_heads)
         stages["order"] = Work(
@@ -171,7 +172,9 @@ def method_cost(
         )
         # Every row of both copies is read once and written once.
         stages["gather"] = Work(num_bytes=4 * copy, num_launches=2)
-    selection = _SELECTION[method](_Sizes(shape, num_tokens, block_size, order_heads, stride))
+    selection = _SELECTION[facts.selection](
+        _Sizes(shape, num_tokens, block_size, order_heads, stride)
+    )
     if selection.num_launches:
         stages["selection"] = selection
     stages["attention"] = Work(
@@ -180,6 +183,16 @@ def method_cost(
         num_launches=1,
     )
     return stages
+
+
+def _facts_of(method: str) -> Facts:
+    facts: Facts | None = METHODS.load(method).facts
+    if facts is None or facts.selection not in _SELECTION:
+        raise ValueError(
+            f"no cost is known for method {method!r}: expected facts on its class with a selection "
+            f"of {', '.join(_SELECTION)}"
+        )
+    return facts
 
 
 def floor_ms(stages: Mapping[str, Work], rates: Rates) -> float:
@@ -256,14 +269,10 @@ def _sum(*works: Work) -> Work:
 
 
 _SELECTION: dict[str, Callable[[_Sizes], Work]] = {
-    "flash": _no_selection,
-    "streaming": _no_selection,
-    "random_blocks": _no_selection,
-    "pbs": _pooled,
-    "meanpool": _pooled,
-    "pbs_plus": _antidiagonal,
-    "xattention": _antidiagonal,
-    "minference": _last_queries,
+    "none": _no_selection,
+    "pooled": _pooled,
+    "antidiagonal": _antidiagonal,
+    "last_queries": _last_queries,
     "flexprefill": _flexprefill,
     "prism": _prism,
 }
@@ -286,15 +295,16 @@ def attention_memory(
     if method == "flash":
         return sizes
     tiles = -(-num_tokens // block_size)
-    has_scores = _SELECTION[method] is not _no_selection
+    facts = _facts_of(method)
+    has_scores = facts.selection != "none"
     scores = block_score_bytes(shape, num_tokens, block_size) if has_scores else 0.0
-    if method in ("pbs", "meanpool"):
+    if facts.selection == "pooled":
         scores = min(scores, POOLED_SCORE_BYTES)  # the rows are scored and listed in parts
     if scores:
         sizes["block scores"] = scores
     # Lists are as wide as their fullest row, about twice the mean.
     sizes["lists"] = shape.q_heads * tiles * min(1.0, 2 * density) * tiles * INT16
-    if method in ("pbs", "pbs_plus"):
+    if facts.moves_keys:
         heads = shape.kv_heads if shared_order else shape.q_heads
         sizes["order"] = float(heads * num_tokens * INT64)
         sizes["k, v in order"] = 2.0 * shape.key_bytes(num_tokens, heads=heads)

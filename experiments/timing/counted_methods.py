@@ -8,21 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.timing.densities import ControlledDensity
+from pbs.methods import METHODS
 from pbs.methods.base import AttentionMethod
-
-# Class of a method to its name in the cost model.
-COUNTED = {
-    "FlashAttention": "flash",
-    "PBS": "pbs",
-    "PBSPlus": "pbs_plus",
-    "MeanPooling": "meanpool",
-    "XAttention": "xattention",
-    "FlexPrefill": "flexprefill",
-    "Prism": "prism",
-    "MInference": "minference",
-    "StreamingLLM": "streaming",
-    "RandomBlocks": "random_blocks",
-}
 
 
 def counted_settings(method: AttentionMethod) -> dict[str, Any] | None:
@@ -31,8 +18,8 @@ def counted_settings(method: AttentionMethod) -> dict[str, Any] | None:
     None for a method without a count.
     """
     inner = method.method if isinstance(method, ControlledDensity) else method
-    name = COUNTED.get(type(inner).__name__)
-    if name is None:
+    name = METHODS.name_of(type(inner))
+    if name is None or inner.facts is None:
         return None
     return {
         "method": name,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pbs.checks import check_integer
 from pbs.methods.crossover import find_crossover, setting_of
+from pbs.methods.facts import Facts
 from pbs.ops.block_sparse_attention import Backend, block_sparse_attention
 from pbs.ops.dense import dense_attention
 from pbs.ops.grid import BlockGrid, Geometry
@@ -129,11 +130,14 @@ class AttentionMethod:
     ``recorder`` is no parameter: a function set on it hears every call, in whatever thread. Copies,
     pickled ones too, have none.
 
+    ``facts`` are what pictures, the cost model and the tests must know of it.
+
     ``knob`` is the parameter by which methods are compared at equal density or coverage; None if
     there is none.
     """
 
     knob: ClassVar[Knob | None] = None
+    facts: ClassVar[Facts | None] = None
 
     backend: str = "auto"
     dense_below: int | str = 0

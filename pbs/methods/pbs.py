@@ -15,6 +15,7 @@ from pbs.checks import (
     check_threshold,
 )
 from pbs.methods.base import AttentionMethod, Call, Knob
+from pbs.methods.facts import Facts, at
 from pbs.ops.grid import BlockGrid, candidate_tiles
 from pbs.ops.permutation import gather_keys
 from pbs.ops.plan import AttentionPlan
@@ -65,6 +66,14 @@ class PBS(AttentionMethod):
     """
 
     knob = Knob("threshold", low=0.001, high=1.0)
+    facts = Facts(
+        "PBS",
+        "#D55E00",
+        "o",
+        selection="pooled",
+        moves_keys=True,
+        curve=at("threshold", 0.5, 0.7, 0.9),
+    )
 
     block_size: int = 128
     segment_size: int = 256

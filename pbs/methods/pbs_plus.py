@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pbs.methods.facts import Facts, at
 from pbs.methods.pbs import PBS
 
 
@@ -21,6 +22,15 @@ class PBSPlus(PBS):
 
     Source: arXiv 2510.21270 (v2), PBS-Attn+; the authors released no code for it.
     """
+
+    facts = Facts(
+        "PBS+",
+        "#882255",
+        "D",
+        selection="antidiagonal",
+        moves_keys=True,
+        curve=at("threshold", 0.5, 0.7, 0.9),
+    )
 
     selector: str = "antidiagonal"
     stride: int = 8

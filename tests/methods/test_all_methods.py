@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pbs import Geometry, block_sparse_attention
+from pbs.methods import METHODS
 from pbs.ops.block_selection import api, reference
 from pbs.testing import assert_within_budget, make_qkv
 from tests.methods.cases import CASES, build
@@ -26,21 +27,15 @@ SHAPES = [
 # What a row computes depends on the rows after it at most: queries alone, with the keys before
 # them, give what they give at the end of a whole prompt.
 ROW_LOCAL = [
-    ("flash", {}),
-    ("meanpool", {}),
-    ("xattention", {}),
-    ("flexprefill", {"tau": 0.0}),
-    ("minference", {}),
-    ("streaming", {}),
-    ("streaming-tri", {}),
-    ("pbs", {}),
-    ("pbs-shared", {}),
-    ("pbs-none", {}),
-    ("pbs-low_band", {}),
-    ("pbs_plus", {}),
-    ("pbs_plus-causal", {}),
-    ("prism", {}),
-    ("random_blocks", {}),
+    *(
+        (name, dict(facts.row_local_with))
+        for name in METHODS
+        if (facts := METHODS.load(name).facts) and facts.is_row_local
+    ),
+    *(
+        (case, {})
+        for case in ("streaming-tri", "pbs-shared", "pbs-none", "pbs-low_band", "pbs_plus-causal")
+    ),
 ]
 
 

@@ -14,6 +14,7 @@ from matplotlib.ticker import PercentFormatter
 from typing_extensions import override
 
 from experiments.files import write_atomically
+from pbs.methods import METHODS
 
 DPI = 100
 DENSE_METHOD = "flash"
@@ -27,19 +28,11 @@ class Look(NamedTuple):
     label: str
 
 
-# Most colours are those of Okabe and Ito, the others of Paul Tol's "muted" scheme: distinct to
-# colour-blind eyes. The markers differ as well, for prints in grey.
+# As the methods say themselves, in the order of the registry.
 LOOKS: dict[str, Look] = {
-    "flash": Look("#000000", "*", "dense (flash)"),
-    "pbs": Look("#D55E00", "o", "PBS"),
-    "pbs_plus": Look("#882255", "D", "PBS+"),
-    "meanpool": Look("#0072B2", "s", "MeanPooling"),
-    "minference": Look("#009E73", "^", "MInference"),
-    "xattention": Look("#CC79A7", "v", "XAttention"),
-    "flexprefill": Look("#E69F00", "P", "FlexPrefill"),
-    "streaming": Look("#56B4E9", "X", "StreamingLLM"),
-    "prism": Look("#999933", "h", "Prism"),
-    "random_blocks": Look("#DDCC77", "d", "random blocks"),
+    name: Look(facts.colour, facts.marker, facts.label)
+    for name in METHODS
+    if (facts := METHODS.load(name).facts) is not None
 }
 # PBS by key order, and with one order per key/value head. Without a permutation it is MeanPooling,
 # and in the paper's order the PBS of all other pictures: they have those colours.

@@ -1,0 +1,93 @@
+"""A method is one file, one config and one README row; what else is missing is named here."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from experiments.timing.cost_model import Shape, method_cost
+from pbs import AttentionMethod
+from pbs.methods import METHODS
+from pbs.methods.facts import Facts
+from tests.methods.cases import CASES
+from tests.properties.draws import PARAMETERS
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "needle.json"
+SHAPE = Shape(4, 2, 32)
+
+
+def missing(name):
+    """What the method of this name still needs, a sentence each that says where it goes."""
+    method = METHODS.load(name)
+    found = []
+    config = ROOT / "conf" / "method" / f"{name}.yaml"
+    if not config.is_file():
+        found.append(f"conf/method/{name}.yaml: 'defaults: [/schema/method@_here_: {name}]'")
+    if f"| `{name}` |" not in (ROOT / "README.md").read_text():
+        found.append(f"README.md: a row '| `{name}` | ... |' in the table of methods")
+    if method.facts is None:
+        found.append(f"{method.__module__}: facts = Facts(...), see pbs.methods.facts")
+    else:
+        try:
+            method_cost(name, SHAPE, 1024, density=0.5)
+        except ValueError as error:
+            found.append(f"experiments/timing/cost_model.py: {error}")
+        others = [METHODS.load(other).facts for other in METHODS if other != name]
+        for fact in ("label", "colour", "marker"):
+            if getattr(method.facts, fact) in [getattr(one, fact) for one in others if one]:
+                found.append(f"{method.__module__}: another {fact} in facts, this one is taken")
+    if not any(case[0] == name for case in CASES.values()):
+        found.append(f"tests/methods/cases.py: a line for {name!r} in CASES")
+    if name not in PARAMETERS:
+        found.append(f"tests/properties/draws.py: a line for {name!r} in PARAMETERS")
+    if f"conf/method/{name}.yaml" not in json.loads(GOLDEN.read_text()):
+        found.append("tests/golden/needle.json: its numbers; `make golden` writes them")
+    return found
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_is_missing(name):
+    assert missing(name) == []
+
+
+@dataclass(kw_only=True)
+class Newcomer(AttentionMethod):
+    """A method of which only the file is there."""
+
+    def select(self, call):
+        """Everything."""
+        return call.dense("a test")
+
+
+def test_what_a_new_method_lacks_is_named_with_its_place(monkeypatch):
+    monkeypatch.setitem(METHODS._entries, "newcomer", f"{__name__}:Newcomer")
+    places = [sentence.partition(":")[0] for sentence in missing("newcomer")]
+    assert places == [
+        "conf/method/newcomer.yaml",
+        "README.md",
+        __name__,
+        "tests/methods/cases.py",
+        "tests/properties/draws.py",
+        "tests/golden/needle.json",
+    ]
+    looks_like_pbs = Facts("PBS", "#D55E00", "p", selection="pooled")
+    monkeypatch.setattr(Newcomer, "facts", looks_like_pbs)
+    assert [f"another {fact} in facts" in " ".join(missing("newcomer"))
+            for fact in ("label", "colour", "marker")] == [True, True, False]  # fmt: skip
+    monkeypatch.setattr(Newcomer, "facts", Facts("N", "#123456", "p", selection="magic"))
+    assert "expected facts on its class with a selection of none, pooled" in missing("newcomer")[2]
+
+
+def test_every_method_has_settings_for_a_curve_but_dense_attention():
+    from experiments.tools.curves import curve_lines
+
+    lines = list(curve_lines())
+    assert {line.split()[0].removeprefix("method=") for line in lines} == {*METHODS} - {"flash"}
+    for line in lines:
+        name, *words = line.split()
+        settings = dict(word.removeprefix("method.").split("=") for word in words)
+        METHODS.build(
+            name.removeprefix("method="), {key: json.loads(text) for key, text in settings.items()}
+        )
