@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu check format lint type kernels bench bench-gpu notebooks report leaderboard readme golden audit clean
+.PHONY: help setup demo test test-gpu check format lint type kernels bench bench-gpu notebooks report leaderboard readme golden licences audit clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -65,6 +65,9 @@ bench: $(VENV)/.core ## Gate, then attention beside PyTorch's SDPA on this CPU (
 
 bench-gpu: $(VENV)/.core ## All numbers that need a GPU
 	$(BIN)/python -m experiments.tools.bench_gpu --out outputs/bench_gpu
+
+licences: $(VENV)/.dev ## List installed packages with their licences
+	$(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install --quiet pip-licenses && $(VENV)/audit/bin/pip-licenses --python=$(BIN)/python --format=markdown --order=license
 
 audit: $(VENV)/.dev ## Look installed packages up among known vulnerabilities (needs the Python Package Index)
 	$(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install --quiet pip-audit && $(VENV)/audit/bin/pip-audit --skip-editable --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"

@@ -81,7 +81,7 @@ class Bench(ABC):
         return self.limit is not None
 
     @classmethod
-    def uses_model(cls, settings: Mapping[str, Any]) -> bool:  # noqa: ARG003 - see the subclasses
+    def uses_model(cls, settings: Mapping[str, Any]) -> bool:
         """Whether results depend on the run's model, which their folder is then named after.
 
         Args:
@@ -90,7 +90,7 @@ class Bench(ABC):
         return cls.needs_model
 
     @classmethod
-    def input_files(cls, settings: Mapping[str, Any]) -> dict[str, Path]:  # noqa: ARG003
+    def input_files(cls, settings: Mapping[str, Any]) -> dict[str, Path]:
         """The local files the bench reads, whose content is part of a run's identity.
 
         Args:
@@ -104,7 +104,7 @@ class Bench(ABC):
         """
         return {}
 
-    def prepare(self, cfg: RunConfig) -> None:  # noqa: B027 - most benches check nothing
+    def prepare(self, cfg: RunConfig) -> None:
         """Check what can be checked before a model is loaded; may raise ConfigError."""
 
     @abstractmethod
@@ -146,8 +146,8 @@ class Bench(ABC):
 
     def paired_scores(
         self,
-        ours: Sequence[Record],  # noqa: ARG002 - see the subclasses
-        dense: Sequence[Record],  # noqa: ARG002
+        ours: Sequence[Record],
+        dense: Sequence[Record],
     ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
         """Scores (0 to 1) by sample id of two runs on the same samples, to be compared in pairs.
 
@@ -158,11 +158,11 @@ class Bench(ABC):
 
     def held_out(
         self,
-        model: LoadedModel,  # noqa: ARG002 - see the subclasses
+        model: LoadedModel,
         *,
-        lengths: Sequence[int] | None,  # noqa: ARG002
-        num_prompts: int,  # noqa: ARG002
-        seed: int,  # noqa: ARG002
+        lengths: Sequence[int] | None,
+        num_prompts: int,
+        seed: int,
     ) -> list[tuple[str, Tensor]]:
         """Prompts like those of the bench that it never measures, to set a method's knob on.
 
@@ -182,7 +182,7 @@ class Bench(ABC):
             f"{type(self).__name__} has no held-out prompts; match needs bench=needle"
         )
 
-    def coverage_probe(self, model: LoadedModel) -> CoverageProbe:  # noqa: ARG002
+    def coverage_probe(self, model: LoadedModel) -> CoverageProbe:
         """What measures coverage the way the bench does; default: everything."""
         from experiments.gate.coverage import CoverageProbe
 
