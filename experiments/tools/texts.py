@@ -115,7 +115,7 @@ def _handbook(root: Path) -> str:
 def _policy(root: Path) -> str:
     text = gzip.decompress((root / "usr/share/doc/debian-policy/policy.txt.gz").read_bytes())
     # Neither underlines nor the lines of its table of contents.
-    left_out = r"^([*=\-~^\s]+|\s*\* \d+\..*)$"
+    left_out = r"^([*=\-~^ \t]+|[ \t]*\* \d+\.[^\n]*(\n[ \t]+[^*\s][^\n]*)*)$"
     return join_paragraphs(re.sub(left_out, "", text.decode("utf-8"), flags=re.M))
 
 
