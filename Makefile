@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu check format lint type kernels bench bench-gpu notebooks report leaderboard readme golden licences audit clean
+.PHONY: help setup demo model-smollm2 test test-gpu check format lint type kernels bench bench-gpu notebooks report leaderboard readme golden licences audit clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,9 @@ setup: $(VENV)/.dev ## Make .venv with everything the checks need
 
 demo: $(VENV)/.core ## Compare PBS, mean pooling and dense attention on the embedded model
 	$(BIN)/python run.py -m method=flash,meanpool,pbs bench=needle model=tiny
+
+model-smollm2: $(VENV)/.core ## Fetch SmolLM2-135M-Instruct (93 MB, Apache-2.0) into the cache, once
+	$(PIP) -e '.[real]' && $(BIN)/python -m experiments.tools.smollm2
 
 test: $(VENV)/.dev ## Run the tests (CPU)
 	$(BIN)/python -m pytest

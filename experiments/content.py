@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiments.models.cached import PREFIX, model_folder
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -149,6 +151,8 @@ def checkpoint_files(path: str, *, has_weights: bool = True) -> dict[str, str] |
     Returns:
         None for a name on the hub, which says by itself which checkpoint it is.
     """
+    if path.startswith(PREFIX):
+        path = str(model_folder(path))
     folders = (Path(os.path.expanduser(path)), ROOT / path)
     folder = next((found for found in folders if (found / "config.json").is_file()), None)
     if folder is None:

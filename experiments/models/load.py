@@ -25,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from experiments.memory import (
     release_memory,
 )
+from experiments.models.cached import PREFIX, cached_model
 from experiments.models.checkpoints import (
     check_json_files,
     check_loaded,
@@ -166,6 +167,8 @@ def resolve_path(path: str) -> str:
     Raises:
         ConfigError: it can only be a folder, and there is none.
     """
+    if path.startswith(PREFIX):
+        return str(cached_model(path))
     for folder in (Path(os.path.expanduser(path)), ROOT / path):
         if (folder / "config.json").is_file():
             return str(folder.resolve())
