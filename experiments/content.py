@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.models.cached import PREFIX, model_folder
+from experiments.cached_models import PREFIX, model_folder
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,10 +22,10 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from experiments.cached_models import PREFIX, cached_model
 from experiments.memory import (
     release_memory,
 )
-from experiments.models.cached import PREFIX, cached_model
 from experiments.models.checkpoints import (
     check_json_files,
     check_loaded,

