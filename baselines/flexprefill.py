@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from baselines.vertical_slash import last_query_scores
 from pbs.checks import check_block_size, check_positive_int, check_threshold
 from pbs.methods.base import AttentionMethod, Call, Knob
 from pbs.methods.facts import Facts, at
@@ -93,7 +94,8 @@ class FlexPrefill(AttentionMethod):
         if grid.num_keys <= shortest or self.gamma >= 1:
             reason = "gamma is 1" if self.gamma >= 1 else f"no more than {shortest} keys"
             return call.dense(reason, tile=size)
-        vertical, slash = last_query_attention(q, k, scale=scale, num_last=size)
+        sums = last_query_scores(q, k, scale=scale, last_q=size)
+        vertical, slash = (part / min(size, grid.num_queries) for part in sums)
         diagonal = grid.last_positions(q.device) // size
         tiles = torch.arange(grid.num_key_tiles, device=q.device)
         offsets = diagonal[:, None] - tiles
@@ -167,57 +169,6 @@ class FlexPrefill(AttentionMethod):
             ranked, index = probabilities[:, heads].sort(dim=-1, descending=True, stable=True)
             selected[:, heads].scatter_(-1, index, ranked.cumsum(dim=-1) <= goal)
         return selected.view_as(logits) & is_query_aware[..., None, None]
-
-
-def last_query_attention(
-    q: Tensor, k: Tensor, *, scale: float, num_last: int
-) -> tuple[Tensor, Tensor]:
-    """Mean attention of the last queries to each key, and to each distance.
-
-    Args:
-        q: ``[Z, Hq, Nq, D]``.
-        k: ``[Z, Hkv, Nk, D]``.
-        scale: factor of the logits.
-        num_last: L; at most Nq are taken.
-
-    Returns:
-        vertical fp32 ``[Z, Hq, Nk]``, and slash fp32 ``[Z, Hq, Nk]`` by distance query - key. Of
-        the [Hq, L, Nk] probabilities at most ``MAX_CHUNK_ELEMENTS`` exist at a time, but at least
-        one query's of the heads of a group.
-    """
-    batch, kv_heads, num_keys, _ = k.shape
-    groups = q.shape[1] // kv_heads
-    # Latest query first: row r sits at position N - 1 - r.
-    last = q[:, :, -num_last:].flip(2).unflatten(1, (kv_heads, groups))
-    rows = last.shape[3]
-    keys = torch.arange(num_keys, device=q.device)
-    vertical = torch.zeros(batch, kv_heads, groups, num_keys, device=q.device)
-    slash = torch.zeros_like(vertical)
-    chunk = max(1, MAX_CHUNK_ELEMENTS // (batch * groups * num_keys))
-    for head in range(kv_heads):
-        transposed = k[:, head, None].float().transpose(-1, -2)
-        for row in range(0, rows, chunk):
-            queries = last[:, head, :, row : row + chunk].float()
-            places = num_keys - 1 - row - torch.arange(queries.shape[2], device=q.device)
-            weights = (queries @ transposed).mul_(scale)
-            weights.masked_fill_(keys > places[:, None], float("-inf"))
-            weights = weights.softmax(dim=-1)
-            vertical[:, head] += weights.sum(dim=2)
-            # The rows before these are at later positions.
-            slash[:, head, :, : num_keys - row] += _distance_sums(weights)[..., row:]
-    return (vertical / rows).flatten(1, 2), (slash / rows).flatten(1, 2)
-
-
-def _distance_sums(weights: Tensor) -> Tensor:
-    """Sums over equal distance, ``[.., N]`` from ``[.., L, N]``, row r being position N - 1 - r.
-
-    Distance d of row r is key N - 1 - r - d. Padding rows by L and reading them back one element
-    shorter moves row r right by r places, so that equal distances share column N - 1 - d.
-    """
-    rows, num_keys = weights.shape[-2:]
-    width = num_keys + rows - 1
-    moved = pad(weights, (0, rows)).flatten(-2)[..., : rows * width].unflatten(-1, (rows, width))
-    return moved.sum(dim=-2)[..., :num_keys].flip(-1)
 
 
 def block_sums(x: Tensor, tile: int) -> Tensor:

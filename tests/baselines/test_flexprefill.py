@@ -1,23 +1,24 @@
 import pytest
 import torch
 
-from baselines import flexprefill
-from baselines.flexprefill import FlexPrefill, last_query_attention, top_entries
+from baselines import vertical_slash
+from baselines.flexprefill import FlexPrefill, top_entries
+from baselines.vertical_slash import last_query_scores
 from pbs import BlockGrid, build_method
 from pbs.testing import make_qkv
 
 
-def test_last_query_attention_by_key_and_by_distance():
+def test_attention_of_the_last_queries_by_key_and_by_distance():
     q, k, _ = make_qkv(1, 4, 2, 60, 8, num_queries=50)
-    vertical, slash = last_query_attention(q, k, scale=0.3, num_last=16)
+    vertical, slash = last_query_scores(q, k, scale=0.3, last_q=16)
     future = torch.arange(60) > torch.arange(44, 60)[:, None]
     logits = q[:, :, -16:] @ k.repeat_interleave(2, 1).transpose(-1, -2) * 0.3
     weights = logits.masked_fill(future, float("-inf")).softmax(-1)
-    torch.testing.assert_close(vertical, weights.mean(2))
+    torch.testing.assert_close(vertical, weights.sum(2))
     expected = torch.zeros_like(slash)
     for row in range(16):
         for key in range(44 + row + 1):
-            expected[..., 44 + row - key] += weights[..., row, key] / 16
+            expected[..., 44 + row - key] += weights[..., row, key]
     torch.testing.assert_close(slash, expected)
 
 
@@ -25,10 +26,10 @@ def test_last_query_attention_by_key_and_by_distance():
 def test_chunks_of_queries_and_heads_change_nothing(chunk, monkeypatch):
     q, k, _ = make_qkv(2, 4, 2, 300, 16, num_queries=280, structure="mixed")
     method = FlexPrefill(block_size=32, gamma=0.7, tau=1.0)
-    vertical, slash = last_query_attention(q, k, scale=0.25, num_last=32)
+    vertical, slash = last_query_scores(q, k, scale=0.25, last_q=32)
     mask = method.plan(q, k).block_mask()
-    monkeypatch.setattr(flexprefill, "MAX_CHUNK_ELEMENTS", chunk)
-    again = last_query_attention(q, k, scale=0.25, num_last=32)
+    monkeypatch.setattr(vertical_slash, "MAX_CHUNK_ELEMENTS", chunk)
+    again = last_query_scores(q, k, scale=0.25, last_q=32)
     torch.testing.assert_close(again[0], vertical, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(again[1], slash, rtol=1e-5, atol=1e-7)
     assert torch.equal(method.plan(q, k).block_mask(), mask)
@@ -36,9 +37,9 @@ def test_chunks_of_queries_and_heads_change_nothing(chunk, monkeypatch):
 
 def test_fewer_queries_than_a_block():
     q, k, _ = make_qkv(1, 2, 1, 60, 8, num_queries=3)
-    vertical, slash = last_query_attention(q, k, scale=0.3, num_last=16)
-    torch.testing.assert_close(vertical.sum(-1), torch.ones(1, 2))
-    torch.testing.assert_close(slash.sum(-1), torch.ones(1, 2))
+    vertical, slash = last_query_scores(q, k, scale=0.3, last_q=16)
+    torch.testing.assert_close(vertical.sum(-1), torch.full((1, 2), 3.0))
+    torch.testing.assert_close(slash.sum(-1), torch.full((1, 2), 3.0))
 
 
 def test_top_entries_gives_each_head_its_own_count():
@@ -55,7 +56,8 @@ def test_underflowing_probability_is_not_nan_by_default():
     k[:, :, 70] = q[:, :, -64:].mean(2) * 1e4
     q[:, :, -64:] = q[:, :, -64:].mean(2, keepdim=True)
     grid = BlockGrid(1024, 1024, 64, 64)
-    vertical, _ = last_query_attention(q, k, scale=1.0, num_last=64)
+    vertical, _ = last_query_scores(q, k, scale=1.0, last_q=64)
+    vertical = vertical / 64
     ours = FlexPrefill(block_size=64, tau=0.9)
     original = FlexPrefill(block_size=64, tau=0.9, nan_as_vs=True)
     assert ours._is_query_aware(q, k, vertical, grid, 1.0).all()

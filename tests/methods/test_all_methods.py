@@ -273,5 +273,6 @@ def test_positions_past_32768_fit_where_tiles_are_int16(case, monkeypatch):
 
     names = ("list_blocks", "select_top_p_blocks", "select_pooled_blocks")
     short = SimpleNamespace(**{name: shortened(getattr(reference, name)) for name in names})
-    monkeypatch.setattr(api, "_backend", lambda name, _: short if name == "auto" else reference)
+    backends = {"auto": short, "reference": reference}
+    monkeypatch.setattr(api, "backend_module", lambda _, name, __: backends[name])
     assert torch.equal(method.plan(q, k).block_mask(), expected)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import torch
 from torch import Tensor
 
+from pbs.ops.backends import backend_module
 from pbs.ops.grid import BlockGrid
 
 
@@ -54,12 +53,8 @@ def antidiagonal_block_sums(
             f"stride must divide the block size, got stride {stride} and block size "
             f"{grid.query_tile}; try 8 or 16"
         )
-    if backend not in ("auto", "reference", "triton"):
-        raise ValueError(f"unknown backend {backend!r}; valid: auto, reference, triton")
-    if backend == "auto":
-        backend = "triton" if q.is_cuda else "reference"
+    module = backend_module("antidiagonal", backend, q)
     ends = _ends(grid, stride, limits, q.device)
-    module = import_module(f"pbs.ops.antidiagonal.{backend}")
     sums: Tensor = module.antidiagonal_block_sums(
         q, k, stride=stride, scale=scale, grid=grid, ends=ends, beside=beside
     )

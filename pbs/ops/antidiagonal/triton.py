@@ -11,8 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pbs.ops.grid import BlockGrid
-
-LOG2_E = 1.4426950408889634
+from pbs.ops.primitives import LOG2_E
 
 
 @triton.jit

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from types import ModuleType
-
 from torch import Tensor
 
+from pbs.ops.backends import backend_module
 from pbs.ops.block_selection.reference import select_top_p
 from pbs.ops.grid import BlockGrid
 
@@ -25,7 +23,9 @@ def list_blocks(mask: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]
         ``[Z, H, Tq, F]``, and how many are valid, int32 ``[Z, H, Tq]``. Entries past a row's count
         are undefined.
     """
-    listed: tuple[Tensor, Tensor] = _backend(backend, mask).list_blocks(mask)
+    listed: tuple[Tensor, Tensor] = backend_module("block_selection", backend, mask).list_blocks(
+        mask
+    )
     return listed
 
 
@@ -76,7 +76,9 @@ def select_top_p_blocks(
             f"expected covered {list(probabilities.shape[:3])}, got {tuple(covered.shape)}; give a "
             "share per sequence, query head and query block"
         )
-    selected: tuple[Tensor, Tensor] = _backend(backend, probabilities).select_top_p_blocks(
+    selected: tuple[Tensor, Tensor] = backend_module(
+        "block_selection", backend, probabilities
+    ).select_top_p_blocks(
         probabilities,
         threshold=threshold,
         candidates=candidates,
@@ -120,7 +122,9 @@ def select_pooled_blocks(
 
     Source: arXiv 2510.21270, section 3.3 and Algorithm 2.
     """
-    selected: tuple[Tensor, Tensor] = _backend(backend, q_means).select_pooled_blocks(
+    selected: tuple[Tensor, Tensor] = backend_module(
+        "block_selection", backend, q_means
+    ).select_pooled_blocks(
         q_means,
         k_means,
         scale=scale,
@@ -131,11 +135,3 @@ def select_pooled_blocks(
         grid=grid,
     )
     return selected
-
-
-def _backend(name: str, x: Tensor) -> ModuleType:
-    if name not in ("auto", "reference", "triton"):
-        raise ValueError(f"unknown backend {name!r}; valid: auto, reference, triton")
-    if name == "auto":
-        name = "triton" if x.is_cuda else "reference"
-    return import_module(f"pbs.ops.block_selection.{name}")

@@ -30,9 +30,8 @@ from pbs.ops.block_sparse_attention.triton_parts import (
 from pbs.ops.block_sparse_attention.tuned import tuned
 from pbs.ops.permutation import gather_keys
 from pbs.ops.plan import AttentionPlan
+from pbs.ops.primitives import LOG2_E
 from pbs.ops.stages import stage
-
-LOG2_E = 1.4426950408889634
 
 
 @triton.jit

@@ -5,10 +5,9 @@ P proxy queries.
 
 from __future__ import annotations
 
-from importlib import import_module
-from types import ModuleType
-
 from torch import Tensor
+
+from pbs.ops.backends import backend_module
 
 
 def key_importance(proxy: Tensor, k: Tensor, *, scale: float, backend: str = "auto") -> Tensor:
@@ -25,7 +24,9 @@ def key_importance(proxy: Tensor, k: Tensor, *, scale: float, backend: str = "au
 
     Source: arXiv 2510.21270, section 3.2.
     """
-    importance: Tensor = _backend(backend, k).key_importance(proxy, k, scale=scale)
+    importance: Tensor = backend_module("permutation", backend, k).key_importance(
+        proxy, k, scale=scale
+    )
     return importance
 
 
@@ -43,7 +44,7 @@ def sort_segments(
     Returns:
         int64 ``[Z, Ho, Nk]``.
     """
-    order: Tensor = _backend(backend, scores).sort_segments(
+    order: Tensor = backend_module("permutation", backend, scores).sort_segments(
         scores, num_keys=num_keys, segment_size=segment_size
     )
     return order
@@ -73,7 +74,7 @@ def importance_order(
         raise ValueError(
             f"expected at least one complete segment of {segment_size} keys, got {k.shape[2]} keys"
         )
-    order: Tensor = _backend(backend, k).importance_order(
+    order: Tensor = backend_module("permutation", backend, k).importance_order(
         proxy, k, scale=scale, segment_size=segment_size
     )
     return order
@@ -94,7 +95,7 @@ def gather_and_pool(
     Returns:
         ``[Z, Ho, Nk, D]`` and fp32 ``[Z, Ho, T, D]``.
     """
-    found: tuple[Tensor, Tensor] = _backend(backend, x).gather_and_pool(
+    found: tuple[Tensor, Tensor] = backend_module("permutation", backend, x).gather_and_pool(
         x, order, tile=tile, pad_mean=pad_mean
     )
     return found
@@ -112,13 +113,5 @@ def gather_keys(x: Tensor, order: Tensor, *, backend: str = "auto") -> Tensor:
     Returns:
         ``[Z, Ho, Nk, D]``, contiguous.
     """
-    gathered: Tensor = _backend(backend, x).gather_keys(x, order)
+    gathered: Tensor = backend_module("permutation", backend, x).gather_keys(x, order)
     return gathered
-
-
-def _backend(name: str, x: Tensor) -> ModuleType:
-    if name not in ("auto", "reference", "triton"):
-        raise ValueError(f"unknown backend {name!r}; valid: auto, reference, triton")
-    if name == "auto":
-        name = "triton" if x.is_cuda else "reference"
-    return import_module(f"pbs.ops.permutation.{name}")

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = 1.4426950408889634
+from pbs.ops.primitives import LOG2_E
+
 # Parts of the keys that programs of the first pass reduce to a maximum and a sum per proxy query:
 # enough to fill a GPU, few enough that every program of the second pass can combine them itself.
 MAX_CHUNKS = 32

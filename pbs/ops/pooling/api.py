@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 from torch import Tensor
 
+from pbs.ops.backends import backend_module
 from pbs.ops.pooling.reference import block_logits, softmax_over
 
 __all__ = ["block_logits", "mean_pool", "softmax_over"]
@@ -24,10 +23,6 @@ def mean_pool(x: Tensor, tile: int, *, pad_mean: str = "real", backend: str = "a
     Returns:
         fp32 ``[Z, H, T, D]``.
     """
-    if backend not in ("auto", "reference", "triton"):
-        raise ValueError(f"unknown backend {backend!r}; valid: auto, reference, triton")
-    if backend == "auto":
-        backend = "triton" if x.is_cuda else "reference"
-    module = import_module(f"pbs.ops.pooling.{backend}")
+    module = backend_module("pooling", backend, x)
     means: Tensor = module.mean_pool(x, tile, pad_mean=pad_mean)
     return means
