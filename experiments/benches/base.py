@@ -1,4 +1,4 @@
-"""What a bench is. A new one is a file with such a class, a line in BENCHES and a file in conf/."""
+"""What a bench is. A new one is a file with such a class and a file in conf/bench/."""
 
 from __future__ import annotations
 

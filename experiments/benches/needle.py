@@ -149,7 +149,7 @@ class NeedleBench(Bench):
                     is_warm = True
                 record = answer(model, sample, inputs)
                 if cell in covered:
-                    record |= measure_coverage(model, method, inputs, self.coverage_probe(model))
+                    record |= sample_coverage(model, method, inputs, self.coverage_probe(model))
                 record["seconds"] = time.perf_counter() - started
                 context.add(record)
 
@@ -263,7 +263,7 @@ def answer(model: LoadedModel, sample: NeedleSample, inputs: torch.Tensor) -> Re
     }
 
 
-def measure_coverage(
+def sample_coverage(
     model: LoadedModel, method: AttentionMethod, inputs: torch.Tensor, probe: CoverageProbe
 ) -> Record:
     """Coverage of the prompt and on what it was measured, in an untimed prefill of its own."""

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.report.content import make_sections
 from experiments.report.missing import nothing_yet
 from experiments.report.page import write_html, write_markdown
 from experiments.report.runs import read_results
+from experiments.report.sections import make_sections
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

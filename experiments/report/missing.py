@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from experiments.report.beside_published import unmeasured
 from experiments.report.compare import dense_command
-from experiments.report.published import unmeasured
 from experiments.report.runs import Group, Results
 from experiments.settings.bench_names import BENCHES
 from experiments.settings.config import DENSE

@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from experiments.files import write_atomically
-from experiments.report.content import Block, Details, Photo, Picture, Section, Table, Text
 from experiments.report.markdown import to_markdown
 from experiments.report.pictures.looks import LOOKS, look_of, save
 from experiments.report.runs import Results
+from experiments.report.sections import Block, Details, Photo, Picture, Section, Table, Text
 
 # Attention maps are large and have few colours: a palette and this width are enough to see them.
 PHOTO_COLOURS = 96

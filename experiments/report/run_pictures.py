@@ -81,7 +81,7 @@ def needle_map(bench: NeedleBench, context: Context) -> list[Path]:
 
 def coverage_pictures(bench: CoverageBench, context: Context) -> list[Path]:
     """Curves, heads and attention maps of this run, and ``heads.csv``."""
-    from experiments.report.attention_gallery import (
+    from experiments.report.galleries import (
         MAX_CHOSEN,
         NUM_LAYERS,
         NUM_TOKENS,

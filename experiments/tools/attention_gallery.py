@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.report.attention_gallery import NUM_TOKENS, draw_galleries
+from experiments.report.galleries import NUM_TOKENS, draw_galleries
 from experiments.settings.config import ConfigError
 
 

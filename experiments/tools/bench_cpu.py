@@ -19,8 +19,8 @@ from experiments.timing.dense_kernels import dense_kernels
 from experiments.timing.inputs import Cell, Record
 from experiments.timing.stopwatch import Effort
 from experiments.timing.timing_report import lines_of
-from experiments.tools.bench_parts import gate_lines, run_gate
-from experiments.tools.bench_run import Plan, Run
+from experiments.tools.bench_parts import gate_lines, gate_part
+from experiments.tools.bench_run import BenchRun, Plan
 from pbs.methods import build_method
 
 # The target: this much faster than SDPA at this length and density, in the median of five calls.
@@ -83,10 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lengths = [int(text) for text in options.lengths.split(",")]
     options.out.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode():
-        run = Run(options.out, torch.device("cpu"), Plan.smoke(), commit=None)
+        run = BenchRun(options.out, torch.device("cpu"), Plan.smoke(), commit=None)
         run.deadline = time.monotonic() + 60
         _say(f"{run.results['environment']['device']}\n\n== gate")
-        run_gate(run)
+        gate_part(run)
         for line in gate_lines(run):
             _say(line)
         _say("\n== attention at density 0.25, heads 4/4/64, fp32")

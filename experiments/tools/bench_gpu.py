@@ -29,7 +29,7 @@ from experiments.timing.published import TABLE7
 from experiments.timing.result_folders import TIMED_PARTS, break_even_rows
 from experiments.timing.timing_report import lines_of, marks_of
 from experiments.tools.bench_parts import RUNNERS, gate_lines
-from experiments.tools.bench_run import Plan, Run
+from experiments.tools.bench_run import BenchRun, Plan
 
 PARTS = ("gate", "table7", "selection", "ttft")
 # Shares of the time budget; what a part leaves goes to those after it.
@@ -46,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode():
         try:
-            run = Run(options.out, device, options.plan, commit=options.commit, adds=options.add)
+            run = BenchRun(
+                options.out, device, options.plan, commit=options.commit, adds=options.add
+            )
         except ValueError as error:
             _say(f"{error}")
             return 2
@@ -111,7 +113,7 @@ def _shortened(plan: Plan, lengths: Sequence[int]) -> Plan:
     return replace(plan, **kept)
 
 
-def _finish(run: Run) -> None:
+def _finish(run: BenchRun) -> None:
     """Break-even lengths, what was wrong, and where everything lies."""
     points = list(break_even_rows(run.results["parts"]))
     run.results["wrong"] = run.wrong()

@@ -15,7 +15,7 @@ from experiments.timing.cost_model import Shape, dense_flops
 from experiments.timing.inputs import Cell, Record
 from experiments.timing.published import density_at
 from experiments.timing.stopwatch import Effort
-from experiments.tools.bench_run import Run
+from experiments.tools.bench_run import BenchRun
 
 # Samples of every variant at least: many up to a length, for whole models a shorter one, few above.
 MANY_ROUNDS, FEW_ROUNDS, MOST_ROUNDS = 10, 5, 20
@@ -44,7 +44,7 @@ def _effort(part: str, length: int, seconds: float) -> Effort:
     return Effort(seconds, fewest_rounds(part, length), MOST_ROUNDS)
 
 
-def run_gate(run: Run) -> list[Record]:
+def gate_part(run: BenchRun) -> list[Record]:
     """Every method and head dim, at lengths that divide nothing too, against exact attention."""
     dtypes = (torch.bfloat16, torch.float16) if run.device.type == "cuda" else (torch.float32,)
     records = []
@@ -71,7 +71,9 @@ def run_gate(run: Run) -> list[Record]:
     return records
 
 
-def _gate_cells(run: Run, dtypes: Sequence[torch.dtype]) -> Iterator[tuple[Cell, tuple[str, ...]]]:
+def _gate_cells(
+    run: BenchRun, dtypes: Sequence[torch.dtype]
+) -> Iterator[tuple[Cell, tuple[str, ...]]]:
     """The main head dim with all methods first, the others with PBS at a length with a rest."""
     for shape in run.plan.gate_shapes:
         is_main = shape == run.plan.gate_shapes[0]
@@ -82,7 +84,7 @@ def _gate_cells(run: Run, dtypes: Sequence[torch.dtype]) -> Iterator[tuple[Cell,
                 yield Cell(heads, length, dtype, run.device, "mixed"), labels
 
 
-def gate_lines(run: Run) -> list[str]:
+def gate_lines(run: BenchRun) -> list[str]:
     """One line per cell: the worst error against what is allowed, and what failed."""
     lines = []
     for record in run.results["parts"].get("gate", []):
@@ -100,7 +102,7 @@ def gate_lines(run: Run) -> list[str]:
     return lines
 
 
-def run_table7(run: Run) -> list[Record]:
+def run_table7(run: BenchRun) -> list[Record]:
     """The paper's Table 7: its lengths and densities, per-head and shared order, all dense."""
     records = []
     for length in run.plan.table7_lengths:
@@ -129,7 +131,7 @@ def run_table7(run: Run) -> list[Record]:
     return records
 
 
-def run_selection(run: Run) -> list[Record]:
+def run_selection(run: BenchRun) -> list[Record]:
     """Every method at what it selects itself, on structured inputs: stages, and break-even."""
     records = []
     for length in run.plan.selection_lengths:
@@ -156,7 +158,7 @@ def run_selection(run: Run) -> list[Record]:
     return records
 
 
-def run_ttft(run: Run) -> list[Record]:
+def run_ttft(run: BenchRun) -> list[Record]:
     """Time to first token at the paper's densities, Llama-3.1-8B's architecture, random weights."""
     from experiments.models.random_weights import ARCHITECTURES, build_random_model, random_ids
     from experiments.timing.prefill_timing import measure_prefill
@@ -207,7 +209,7 @@ def run_ttft(run: Run) -> list[Record]:
 
 
 RUNNERS = {
-    "gate": run_gate,
+    "gate": gate_part,
     "table7": run_table7,
     "selection": run_selection,
     "ttft": run_ttft,

@@ -101,7 +101,7 @@ class Plan:
         }
 
 
-class Run:
+class BenchRun:
     """One invocation: what it measures on, what it has found, what time is left.
 
     Args:

@@ -102,7 +102,7 @@ def read_table(path: Path) -> list[Crossover]:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a crossover table ({type(error).__name__}: {error}); make one with "
-            "python -m experiments.tools.crossover RESULTS --out FILE"
+            "python -m experiments.tools.measure_crossover RESULTS --out FILE"
         ) from error
 
 
@@ -144,7 +144,7 @@ def find_crossover(
     warnings.warn(
         f"dense_below='auto': no crossover was measured for {method} on {name} with heads "
         f"{q_heads}/{kv_heads}/{head_dim}{measured}, so it runs sparse at every length; measure "
-        "with `make bench-gpu` and python -m experiments.tools.crossover, then set "
+        "with `make bench-gpu` and python -m experiments.tools.measure_crossover, then set "
         f"{VARIABLE}, or say dense_below=N",
         stacklevel=2,
     )

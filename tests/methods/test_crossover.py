@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from experiments.timing.result_folders import newest_folders, read_folder
-from experiments.tools.crossover import crossovers, main
+from experiments.tools.measure_crossover import crossovers, main
 from pbs import build_method
 from pbs.methods import crossover
 from pbs.methods.crossover import PACKAGED, find_crossover, read_table, setting_of

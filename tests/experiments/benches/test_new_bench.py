@@ -2,6 +2,9 @@
 
 import csv
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -13,6 +16,15 @@ from experiments.results import load
 from experiments.settings.bench_names import BENCHES
 from experiments.tools.leaderboard import main as leaderboard
 
+ROOT = Path(__file__).resolve().parents[3]
+# A process of its own, which does not know the bench but by its registration.
+PAGE = """
+import sys
+from experiments.settings.bench_names import BENCHES
+BENCHES.register("toy", "tests.experiments.benches.toy:ToyBench")
+from experiments.report.__main__ import main
+sys.exit(main(["--outputs", sys.argv[1], "--out", sys.argv[2]]))
+"""
 CONFIG = "defaults:\n  - /schema/bench@_here_: toy\n"
 
 
@@ -73,6 +85,16 @@ def test_report_and_notebooks_read_it(swept, outputs):
     figure = draw_pareto(group)
     assert figure.axes[0].get_ylabel() == "loss, nats"
     assert "better: down" in figure.get_suptitle()
+
+
+def test_the_page_and_its_markdown_have_it(swept, outputs, tmp_path):
+    command = [sys.executable, "-c", PAGE, str(outputs / "outputs"), str(tmp_path / "page")]
+    subprocess.run(command, check=True, cwd=ROOT)
+    for name in ("report.html", "report.md"):
+        text = (tmp_path / "page" / name).read_text()
+        assert "loss, nats" in text
+        assert "difference to dense, nats" in text
+        assert "worse than dense" in text
 
 
 def test_the_leaderboard_puts_the_least_first(swept, outputs, tmp_path):

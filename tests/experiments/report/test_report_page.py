@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from experiments.report.__main__ import main
-from experiments.report.content import Section, Table, Text
 from experiments.report.page import mark_code, write_html, write_markdown
 from experiments.report.runs import read_results
+from experiments.report.sections import Section, Table, Text
 
 
 def write(outputs, out):

@@ -8,9 +8,9 @@ import time
 import pandas as pd
 import pytest
 
-from experiments.report.content import make_sections
 from experiments.report.page import write_markdown
 from experiments.report.runs import read_results
+from experiments.report.sections import make_sections
 from experiments.results import load
 from experiments.run.cli import flags_first
 from experiments.settings.config import ROOT

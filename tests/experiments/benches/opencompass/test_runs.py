@@ -12,10 +12,10 @@ import pytest
 from experiments import results
 from experiments.benches.opencompass import harness
 from experiments.report.compare import find_dense
-from experiments.report.content import make_sections
 from experiments.report.page import write_markdown
 from experiments.report.runs import read_results
 from experiments.report.scores import format_scores, tabulate_scores
+from experiments.report.sections import make_sections
 from experiments.report.table import format_columns, make_rows
 from experiments.store import RunStore
 from experiments.tools.leaderboard import make_leaderboard

@@ -1,6 +1,6 @@
 """Writes the crossover table of ``method.dense_below=auto`` from results of ``make bench-gpu``.
 
-    python -m experiments.tools.crossover experiments/measured/h100_2026-11-26
+    python -m experiments.tools.measure_crossover experiments/measured/h100_2026-11-26
 
 Only the part "selection" decides, in which each method computes what it selects itself: times at a
 density that was set (the paper's, in "table7") say nothing about a method that selects more. Rows

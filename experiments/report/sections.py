@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from experiments.notes import describe_truncation
 from experiments.report import coverage_views, figures, tables, time_figures
+from experiments.report.beside_published import compared_scores, compared_times
 from experiments.report.missing import missing_table, nothing_yet
-from experiments.report.published import compared_scores, compared_times
 from experiments.report.runs import Group, Results
 from experiments.report.table import Row, reading_notes
 from experiments.report.times import (
