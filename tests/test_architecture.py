@@ -28,6 +28,8 @@ LAYERS = [
     "pbs.selectors",
     "pbs.ops",
 ]
+# What a user starts or imports by another name; nothing imports them.
+ENTRIES = ("run", "pbs_attn")
 
 
 def layer_of(module):
@@ -84,6 +86,11 @@ def test_imports_point_downwards(path):
             assert top not in {"hydra", "wandb", "experiments", "baselines", "omegaconf"}
             if top == "transformers":
                 assert "patch" in path.parts
+
+
+def test_nothing_imports_what_users_start():
+    for path in source_files():
+        assert not {name.split(".")[0] for name in imports(path)} & set(ENTRIES), path
 
 
 def test_no_modules_import_each_other_in_a_circle():

@@ -128,12 +128,26 @@ def test_a_run_resumes_and_its_failure_is_the_exit_status(toy, outputs):
     assert "failed" in printed
 
 
-def test_what_is_tracked_has_its_name(toy, monkeypatch):
-    from experiments.run.tracking import Tracker
+def test_wandb_gets_its_numbers_and_samples(toy, monkeypatch):
+    import wandb
 
-    seen = []
-    monkeypatch.setattr(Tracker, "finish", lambda _self, summary, **_: seen.append(dict(summary)))
-    toy("method=pbs", "seed=1")
-    words = json.dumps(seen)
-    assert "loss" in words
-    assert "loss_low" in words
+    class Run:
+        def __init__(self):
+            self.summary, self.logged = {}, []
+
+        def define_metric(self, *_, **__):
+            pass
+
+        def log(self, numbers, *_, **__):
+            self.logged.append(numbers)
+
+        def finish(self, **_):
+            pass
+
+    runs = []
+    monkeypatch.setattr(wandb, "init", lambda **_: runs.append(Run()) or runs[-1])
+    assert toy("method=pbs", "seed=1", "logger.mode=offline")[0] == 0
+    cell, comparison = runs
+    assert cell.summary["loss_low"] < cell.summary["loss"] < cell.summary["loss_high"]
+    assert sum("sample/loss" in numbers for numbers in cell.logged) == 8
+    assert comparison.summary["loss/pbs"] == cell.summary["loss"]
