@@ -108,7 +108,7 @@ class AttentionBench(Bench):
         return text_files("text", settings["text"]) if cls.uses_model(settings) else {}
 
     def grid(self, shapes: Sequence[str]) -> list[tuple[str, int, float | None]]:
-        """Shape, length and density of every cell, short ones first."""
+        """Shape, length and density of every cell; of a limited number the short ones."""
         cells = []
         for shape in shapes:
             for index, length in enumerate(self.lengths):
@@ -116,7 +116,9 @@ class AttentionBench(Bench):
                 if self.densities_by_length:
                     densities = densities[index : index + 1]
                 cells += [(shape, length, density) for density in densities]
-        return cells if self.limit is None else cells[: self.limit]
+        if self.limit is None:
+            return cells
+        return sorted(cells, key=lambda cell: cell[1])[: self.limit]
 
     def run(self, context: Context) -> None:
         """See the base class."""

@@ -23,7 +23,7 @@ class Times:
 
     Attributes:
         title: a heading.
-        device: what they were measured on.
+        device: what they were measured on, all in one environment.
         records: as of ``attention_timing.measure_cell`` or ``prefill_timing.measure_prefill``.
     """
 
@@ -33,16 +33,24 @@ class Times:
 
 
 def times_of(group: Group) -> list[Times]:
-    """The times of a group, apart by device."""
-    by_device: dict[str, list[Record]] = {}
+    """The times of a group, apart by device and by environment: code, packages and threads.
+
+    Where a device has several environments the title names which, by the id that env.json has.
+    """
+    found: dict[tuple[str, str], list[Record]] = {}
     for run in group.runs:
         device = str(run.metrics.get("device"))
-        warm = [without_cold_samples(record) for record in _complete(run.samples())]
-        by_device.setdefault(device, []).extend(warm)
+        for record in _complete(run.samples()):
+            key = (device, str(record.get("environment", "")))
+            found.setdefault(key, []).append(without_cold_samples(record))
+    devices = [device for device, _ in found]
     return [
-        Times(group.title, device, tuple(records))
-        for device, records in by_device.items()
-        if records
+        Times(
+            f"{group.title}, environment {name}" if devices.count(device) > 1 else group.title,
+            device,
+            tuple(records),
+        )
+        for (device, name), records in found.items()
     ]
 
 

@@ -1,5 +1,6 @@
 """Tables and pictures of the report and the notebooks."""
 
+import dataclasses
 import json
 import shutil
 from dataclasses import replace
@@ -9,10 +10,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments.report import (
+    beside_published,
     coverage_views,
     figures,
     missing,
-    published,
     tables,
     time_figures,
     times,
@@ -152,6 +153,22 @@ def test_layers_stand_beside_each_other(needle):
     assert table["2 pbs", "density"].between(0.3, 1).all()
 
 
+def test_times_of_two_environments_stand_apart(results):
+    group = results.of("attention")[0]
+    records = [record for run in group.runs for record in run.samples()]
+    moved = [{**record, "environment": f"e{index % 2}"} for index, record in enumerate(records)]
+
+    class Run:
+        metrics = group.runs[0].metrics
+
+        def samples(self):
+            return moved
+
+    apart = times.times_of(dataclasses.replace(group, runs=(Run(),)))
+    assert [len({one["environment"] for one in found.records}) for found in apart] == [1, 1]
+    assert [found.title.rpartition(" ")[2] for found in apart] == ["e0", "e1"]
+
+
 def test_times_of_a_group(results, tmp_path):
     ours = times.times_of(results.of("attention")[0])[0]
     table = times.timing_table(ours)
@@ -220,7 +237,7 @@ def test_committed_times_can_be_drawn():
     for one in found:
         assert isinstance(time_figures.draw_breakdown(one), Figure)
         assert isinstance(time_figures.draw_speed_up(one), Figure)
-    frame = published.compared_times(read_results("nothing"))
+    frame = beside_published.compared_times(read_results("nothing"))
     assert {8192, 131072} <= set(frame["tokens"])
     # Only times at the published density stand beside the published ones.
     assert frame.loc[frame["tokens"] == 131072, "density"].unique().tolist() == ["0.219"]
