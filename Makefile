@@ -64,10 +64,10 @@ kernels: $(VENV)/.core ## Compile every Triton kernel for sm_80, sm_90 and sm_10
 	$(BIN)/python -m experiments.tools.kernels
 
 bench: $(VENV)/.core ## Gate, then attention beside PyTorch's SDPA on this CPU (minutes)
-	$(BIN)/python -m experiments.tools.bench_cpu --out outputs/bench_cpu
+	$(BIN)/python -m experiments.tools.bench --on cpu
 
 bench-gpu: $(VENV)/.core ## All numbers that need a GPU
-	$(BIN)/python -m experiments.tools.bench_gpu --out outputs/bench_gpu
+	$(BIN)/python -m experiments.tools.bench --on gpu
 
 licences: $(VENV)/.dev ## List installed packages with their licences
 	$(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install --quiet pip-licenses && $(VENV)/audit/bin/pip-licenses --python=$(BIN)/python --format=markdown --order=license

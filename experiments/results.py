@@ -64,7 +64,7 @@ def load(path: str | Path = "outputs", *, unfinished: bool = False) -> pd.DataFr
         if run["status"] != "finished":
             others.append(run)
             continue
-        finished += [{**run, **cell} for cell in _cells(folder)]
+        finished += [{**_of_its_method(run, cell, folder), **cell} for cell in _cells(folder)]
     if others and not unfinished:
         named = "; ".join(f"{run['path']}: {run['status']}, {run['error']}" for run in others)
         warnings.warn(
@@ -120,6 +120,17 @@ def _read(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         run |= {"status": "broken", "error": f"{type(error).__name__}: {error}"}
     return run
+
+
+def _of_its_method(run: dict[str, Any], cell: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The run's facts; of a method timed beside the run's own, with that method's settings."""
+    if not cell.get("is_beside"):
+        return run
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    settings = config["bench"]["beside"][cell["variant"]]
+    own = {key: None if key.startswith("method.") else value for key, value in run.items()}
+    params = {f"method.{key}": value for key, value in settings.items() if key != "name"}
+    return {**own, "method": settings["name"], **params}
 
 
 def _cells(folder: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ case $what in
   methods) exec "$python" run.py experiment=time_methods "$@" ;;
   all)
     out=${1:-outputs/bench_gpu}
-    exec "$python" -m experiments.tools.bench_gpu --out "$out" "${@:2}"
+    exec "$python" -m experiments.tools.bench --on gpu --out "$out" "${@:2}"
     ;;
   *)
     echo "unknown: $what; valid: table7, figure4, methods, all" >&2

@@ -6,18 +6,15 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from experiments.benches.base import Bench, Context
+from experiments.benches.base import Context
 from experiments.benches.text_files import text_files
+from experiments.benches.timed import PUBLISHED, TimedBench
 from experiments.content import input_digest
-from experiments.store import Record
-from experiments.timing.timing_report import (
-    failures_of,
-    summarise_times,
-)
+from experiments.timing.timing_report import failures_of
 from pbs.registry import unknown
 
 if TYPE_CHECKING:
@@ -31,27 +28,20 @@ STRUCTURES = ("random", "vertical", "slash", "mixed", "model")
 
 
 @dataclass(kw_only=True)
-class AttentionBench(Bench):
+class AttentionBench(TimedBench):
     """Op level: order, selection, gather, attention and total over lengths, shapes and densities.
 
     No time is given for an output that has not just matched exact attention on sampled rows. What
     fails (out of memory, a kernel that is not there) is a recorded result.
 
-    Args:
-        lengths: queries and keys.
+    Args (further ones: :class:`TimedBench`):
         shapes: heads as Hq/Hkv/D; default 32/8/128, those of Llama-3.1-8B, or the model's own for
             structure "model".
         structure: of the inputs: "random", "vertical", "slash", "mixed" or "model".
         sharpness: factor of drawn queries: the larger, the fewer tiles methods select themselves.
-        densities: null: what the method selects itself; a list: the method pays for its order and
-            selection and then computes random tiles at each of these exact densities.
         densities_by_length: the list has one density per length instead.
-        dense: dense kernels to compare with; default all there are.
         dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
         device: "auto" is a GPU if there is one.
-        seconds: of timed calls of a cell, all variants together.
-        min_rounds: calls of each variant at least.
-        max_rounds: calls of each variant at most.
         coverage_rows: queries to measure coverage on; 0 leaves it out.
         layer: for structure "model".
         text: for structure "model": "needle" (questions of that bench, at most ``lengths`` long),
@@ -59,20 +49,13 @@ class AttentionBench(Bench):
     """
 
     needs_model: ClassVar[bool] = False
-    times_dense: ClassVar[bool] = True
 
-    lengths: list[int] = field(default_factory=lambda: [4096, 8192, 16384])
     shapes: list[str] | None = None
     structure: str = "mixed"
     sharpness: float = 1.0
-    densities: list[float] | None = None
     densities_by_length: bool = False
-    dense: list[str] | None = None
     dtype: str = "auto"
     device: str = "auto"
-    seconds: float = 10.0
-    min_rounds: int = 5
-    max_rounds: int = 50
     coverage_rows: int = 64
     layer: int = 0
     text: str = "needle"
@@ -85,17 +68,15 @@ class AttentionBench(Bench):
             raise ValueError("bench.shapes must name heads such as [32/8/128], or be null")
         if not 0 < self.sharpness < math.inf:
             raise ValueError(f"bench.sharpness must be a positive number, got {self.sharpness}")
-        if not self.lengths or min(self.lengths) < 1:
-            raise ValueError(f"bench.lengths must be positive numbers, got {self.lengths}")
-        if self.densities_by_length and len(self.densities or ()) != len(self.lengths):
+        if self.densities == PUBLISHED:
+            self.densities_by_length = True
+        elif self.densities_by_length and len(self.densities or ()) != len(self.lengths):
             raise ValueError(
                 "bench.densities_by_length needs one density per length, got "
                 f"{self.densities} for {self.lengths}"
             )
         if self.coverage_rows < 0:
             raise ValueError(f"bench.coverage_rows must be at least 0, got {self.coverage_rows}")
-        if any(not 0 < density <= 1 for density in self.densities or ()):
-            raise ValueError(f"bench.densities must lie in (0, 1], got {self.densities}")
 
     @classmethod
     def uses_model(cls, settings: Mapping[str, Any]) -> bool:
@@ -114,7 +95,7 @@ class AttentionBench(Bench):
             for index, length in enumerate(self.lengths):
                 densities: Sequence[float | None] = self.densities or [None]
                 if self.densities_by_length:
-                    densities = densities[index : index + 1]
+                    densities = [self.density_of(index)]
                 cells += [(shape, length, density) for density in densities]
         if self.limit is None:
             return cells
@@ -124,17 +105,16 @@ class AttentionBench(Bench):
         """See the base class."""
 
         from experiments.models.load import resolve_device
-        from experiments.settings.names import describe
         from experiments.timing.attention_timing import measure_cell
         from experiments.timing.dense_kernels import dense_kernels
         from experiments.timing.stopwatch import Effort, measure_rates
 
         device = resolve_device(self.device, "bench.device")
-        dtype = _dtype(self.dtype, device.type)
+        dtype = resolve_dtype(self.dtype, device.type)
         rates = measure_rates(device, dtype)
         kernels = dense_kernels(device, self.dense)
         effort = Effort(self.seconds, self.min_rounds, self.max_rounds)
-        label = describe(context.cfg.method)
+        methods = self.methods(context)
         capture = self._capturer(context) if self.structure == "model" else None
         shapes = self.shapes or [DEFAULT_SHAPE]
         if capture is not None:
@@ -152,7 +132,7 @@ class AttentionBench(Bench):
             started = time.perf_counter()
             record = measure_cell(
                 cell,
-                {label: context.method},
+                methods,
                 kernels,
                 effort=effort,
                 rates=rates,
@@ -168,10 +148,6 @@ class AttentionBench(Bench):
             record["seconds"] = time.perf_counter() - started
             context.add({"sample_id": name, **record})
         self.failures = failures_of(context.records())
-
-    def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
-        """See the base class; with the break-even length over every dense kernel."""
-        return summarise_times(records)
 
     def _cell(
         self, shape: str, length: int, density: float | None, dtype: Any, device: Any, seed: int
@@ -190,7 +166,7 @@ class AttentionBench(Bench):
 
         model = load_model(context.cfg.model)
         device = resolve_device(self.device, "bench.device")
-        dtype = _dtype(self.dtype, device.type)
+        dtype = resolve_dtype(self.dtype, device.type)
         seed = context.cfg.seed
 
         def capture(length: int) -> tuple[Inputs, bool]:
@@ -213,7 +189,8 @@ class AttentionBench(Bench):
         return shape
 
 
-def _dtype(name: str, device_type: str) -> Any:
+def resolve_dtype(name: str, device_type: str) -> Any:
+    """The dtype of a name; "auto" is bfloat16 on a GPU and float32 on a CPU."""
     import torch
 
     if name == "auto":

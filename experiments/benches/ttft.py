@@ -7,17 +7,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from experiments.benches.base import Bench, Context
+from experiments.benches.base import Context
 from experiments.benches.text_files import read_texts, text_files
+from experiments.benches.timed import PUBLISHED, TimedBench
 from experiments.content import input_digest
 from experiments.settings.config import ConfigError
-from experiments.store import Record
-from experiments.timing.timing_report import (
-    failures_of,
-    summarise_times,
-)
+from experiments.timing.timing_report import failures_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,40 +25,26 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class TtftBench(Bench):
+class TtftBench(TimedBench):
     """Prefill of whole prompts, timed up to the first token, interleaved with dense attention.
 
     With ``model.weights=random`` what a method selects means nothing: give densities.
 
-    Args:
-        lengths: of the prompts, in tokens.
-        densities: null: what the method selects itself; else one exact density per length, for
-            which the method still pays for its order and selection.
+    Args (further ones: :class:`TimedBench`; densities are one for each length):
         texts: JSON or JSON lines with a text under "context" each, as in LongBench v2: cut, or
             repeated, to each length. Default: generated token ids.
         num_texts: texts to take turns over.
-        dense: dense kernels to compare with; default those there are.
-        seconds: of timed prefills of a length, all variants together.
-        min_rounds: prefills of each variant at least.
-        max_rounds: prefills of each variant at most.
     """
 
-    times_dense: ClassVar[bool] = True
-
     lengths: list[int] = field(default_factory=lambda: [1024, 2048, 4096, 8192])
-    densities: list[float] | None = None
     texts: str | None = None
     num_texts: int = 2
-    dense: list[str] | None = None
     seconds: float = 20.0
-    min_rounds: int = 5
     max_rounds: int = 30
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.lengths or min(self.lengths) < 2:
-            raise ValueError(f"bench.lengths must be at least 2, got {self.lengths}")
-        if self.densities is not None and len(self.densities) != len(self.lengths):
+        if self.densities not in (None, PUBLISHED) and len(self.densities) != len(self.lengths):
             raise ValueError(
                 f"bench.densities needs one density per length, got {self.densities} for "
                 f"{self.lengths}"
@@ -76,7 +59,6 @@ class TtftBench(Bench):
 
     def run(self, context: Context) -> None:
         """See the base class."""
-        from experiments.settings.names import describe
         from experiments.timing.dense_kernels import dense_kernels
         from experiments.timing.prefill_timing import measure_prefill
         from experiments.timing.stopwatch import Effort, measure_rates
@@ -98,10 +80,10 @@ class TtftBench(Bench):
             record = measure_prefill(
                 model.model,
                 prompts,
-                {describe(cfg.method): context.method},
+                self.methods(context),
                 list(dense_kernels(model.device, self.dense)),
                 effort=Effort(self.seconds, *self.rounds(is_shared=cfg.model.tp)),
-                density=None if self.densities is None else self.densities[index],
+                density=self.density_of(index),
                 rates=rates,
             )
             record["input_digest"] = input_digest(*prompts)
@@ -114,10 +96,6 @@ class TtftBench(Bench):
     def rounds(self, *, is_shared: bool) -> tuple[int, int]:
         """Fewest and most rounds; processes that share a model cannot each follow their clock."""
         return self.min_rounds, self.min_rounds if is_shared else self.max_rounds
-
-    def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
-        """See the base class; with the break-even length over every dense kernel."""
-        return summarise_times(records)
 
     def _prompts(
         self, model: LoadedModel, length: int, seed: int

@@ -223,7 +223,8 @@ def _metric_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
 
 def _is_compared(row: Row) -> bool:
     """Whether the run has metrics or times that a dense run can be set beside."""
-    names = (*(metric.name for metric in metrics_in([row])), "prefill_seconds")
+    metrics = [metric.name for metric in metrics_in([row]) if metric.is_paired]
+    names = (*metrics, "prefill_seconds")
     return any(row.get(name) is not None for name in names)
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from experiments.machine_load import load_warning
-from experiments.report.runs import Group, Results
 from experiments.statistics import format_spread
 from experiments.store import Record
 from experiments.timing.result_folders import TIMED_PARTS, newest_folders, read_folder
 from experiments.timing.samples import without_cold_samples
 from experiments.timing.timing_report import STAGES, break_evens, marks_of, shape_of, table_rows
+
+if TYPE_CHECKING:
+    from experiments.report.runs import Group, Results
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def timing_numbers(results: Mapping[str, Any]) -> Row:
         results: of ``metrics.json``, as of
             :func:`experiments.timing.timing_report.summarise_times`.
     """
-    cells = results["cells"]
+    cells = [cell for cell in results["cells"] if not cell.get("is_beside")]
     timed = [cell for cell in cells if cell["prefill_seconds"] is not None]
     row: Row = {"is_timing": True, "num_failed": results["total"]["num_failed"]}
     row |= {"break_even": results["total"].get("break_even")}
@@ -64,7 +64,7 @@ def timing_numbers(results: Mapping[str, Any]) -> Row:
         "peak_bytes": cell.get("peak_bytes"),
         "communication_share": cell.get("communication_share"),
         "dense_reason": cell.get("dense_reason"),
-        "has_break_even": bool(results["break_even"]),
+        "has_break_even": "break_even" in results["total"],
     }
     return row
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,12 @@ logger = logging.getLogger(__name__)
 _GATE_REPORTS: dict[str, dict[str, Any]] = {}
 
 
-def run_cell(composed: DictConfig) -> Path:
+def run_cell(composed: DictConfig, overrides: Sequence[str] | None = None) -> Path:
     """Run what Hydra composed, unless it is finished; returns the run's folder.
+
+    Args:
+        composed: the whole configuration.
+        overrides: the words it was composed with; default: those of the command line.
 
     Raises:
         ConfigError: a setting has no value or one that nothing can be run with, or the results
@@ -52,7 +56,7 @@ def run_cell(composed: DictConfig) -> Path:
     _check_folder_stays()
     with join_ranks(RunConfig.from_hydra(composed)) as cfg:
         try:
-            return _run_cell(cfg, _overrides())
+            return _run_cell(cfg, _overrides() if overrides is None else list(overrides))
         except OSError as error:  # of this run's own files: nothing can be recorded
             raise ConfigError(
                 f"{_title(cfg)}: cannot write the results: {explain_failure(error)}"
@@ -280,7 +284,7 @@ def _draw(bench: Bench, context: Context) -> list[Path]:
     """The run's pictures; the result is on disk, so a picture that fails costs a warning."""
     try:
         return draw_run(bench, context)
-    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError, ImportError) as error:
         logger.warning("no picture of this run: %s", explain_failure(error))
         return []
 

@@ -91,7 +91,8 @@ def _notes(group: Path, rows: Sequence[Row], pictures: Iterable[Path]) -> list[s
     if any(row.get("is_timing") for row in rows):
         notes += timing_notes(rows)
     else:
-        texts = [INTERVALS[metric.interval].format(metric.name) for metric in metrics_in(rows)]
+        metrics = [metric for metric in metrics_in(rows) if metric.is_paired]
+        texts = [INTERVALS[metric.interval].format(metric.name) for metric in metrics]
         if any(row.get("prefill_seconds") for row in rows):
             texts.append(
                 "time 20th to 80th percentile; (n = 2): only the median, of too few times for "

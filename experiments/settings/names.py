@@ -34,6 +34,8 @@ def as_word(value: Any) -> str:
     """A value as Hydra's command line reads it."""
     if value is None:
         return "null"
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return f"[{','.join(map(as_word, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}: {as_word(one)}' for key, one in value.items())}}}"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,8 +1,9 @@
 """Folders of results that a GPU or another machine has made, and their tables.
 
-A folder is one by what lies in it: ``results.json`` of ``make bench-gpu``, and further
-``results_*.json`` of commands that measured a part. The raw samples in them are the truth; the CSVs
-beside them follow, with cold samples left out:
+A folder is one by what lies in it: the run folders of ``make bench-gpu``, or, from before that was
+a loop over ordinary benches, ``results.json`` and further ``results_*.json`` of commands that
+measured a part. The raw samples in them are the truth; the CSVs beside them follow, with cold
+samples left out:
 
     python -m experiments.timing.result_folders FOLDER [FOLDER ...]     # write the CSVs anew
 """
@@ -23,6 +24,8 @@ from experiments.timing.timing_report import break_evens, table_rows
 Record = dict[str, Any]
 
 COMMITTED = Path(__file__).resolve().parents[1] / "measured"
+# Samples of the runs in a folder: <bench>/<model>/<method>/<hash>.
+RUNS = "*/*/*/*/samples.jsonl"
 # Parts that hold times; "gate" holds errors alone.
 TIMED_PARTS = ("table7", "selection", "ttft")
 # What names a cell; another record of the same takes its place.
@@ -66,12 +69,13 @@ def read_folder(path: Path) -> ResultFolder:
         ValueError: two of its files come from different devices, or one is something else.
     """
     files = sorted(path.glob("results*.json"), key=lambda file: (file.name != "results.json", file))
-    if not files:
-        raise FileNotFoundError(f"{path} has no results.json; `make bench-gpu` writes one")
     found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     for file, results in zip(files, found, strict=True):
         if not {"environment", "parts"} <= results.keys():
             raise ValueError(f"{file} has no environment or no parts: it is not of make bench-gpu")
+    found += [_results_of_run(file.parent) for file in sorted(path.glob(RUNS))]
+    if not found:
+        raise FileNotFoundError(f"{path} has no results; `make bench-gpu` makes some")
     devices = sorted({results["environment"]["device"] for results in found})
     if len(devices) > 1:
         raise ValueError(
@@ -81,12 +85,42 @@ def read_folder(path: Path) -> ResultFolder:
     for results in sorted(found, key=lambda one: one["environment"]["time"]):
         commit = results["environment"].get("commit")
         for part, records in results["parts"].items():
+            if part not in (*TIMED_PARTS, "gate"):
+                continue
             for record in records:
                 add_record(parts.setdefault(part, []), {"commit": commit, **record})
     for part in TIMED_PARTS:
         parts[part] = [without_cold_samples(record) for record in parts.get(part, ())]
     methods = {label: method for one in found for label, method in one.get("methods", {}).items()}
     return ResultFolder(path, found[0]["environment"], parts, methods)
+
+
+def _results_of_run(folder: Path) -> Record:
+    """A run folder as a ``results.json`` of one part."""
+    import yaml
+
+    from experiments.settings.names import describe
+    from experiments.store import RunStore
+
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    environment = json.loads((folder / "env.json").read_text(encoding="utf-8"))
+    records = RunStore(folder).samples()
+    bench, beside = config["bench"], config["bench"].get("beside") or {}
+    part = bench["name"]
+    if part == "attention":
+        part = "selection" if bench["densities"] is None else "table7"
+    methods = {describe(config["method"]): config["method"], **beside}
+    return {
+        "environment": environment,
+        "parts": {part: records},
+        "methods": {
+            label: {
+                "method": settings["name"],
+                "params": {key: value for key, value in settings.items() if key != "name"},
+            }
+            for label, settings in methods.items()
+        },
+    }
 
 
 def add_record(records: list[Record], record: Record) -> None:
@@ -110,8 +144,9 @@ def cell_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def result_folders(root: Path = COMMITTED) -> list[ResultFolder]:
     """All folders of results below ``root``, whatever they are called, oldest first."""
-    paths = sorted({file.parent for file in root.glob("*/results*.json")})
-    folders = [read_folder(path) for path in paths]
+    paths = {file.parent for file in root.glob("*/results*.json")}
+    paths |= {file.parents[4] for file in root.glob(f"*/{RUNS}")}
+    folders = [read_folder(path) for path in sorted(paths)]
     return sorted(folders, key=lambda one: (one.environment["time"], one.path.name))
 
 
@@ -155,7 +190,7 @@ def break_even_rows(parts: Mapping[str, Sequence[Record]]) -> Iterator[Record]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the CSVs of folders anew."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("folders", type=Path, nargs="+", help="folders with a results.json")
+    parser.add_argument("folders", type=Path, nargs="+", help="folders of results")
     for path in parser.parse_args(arguments).folders:
         folder = read_folder(path)
         write_tables(path, folder.parts)

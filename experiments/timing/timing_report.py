@@ -7,7 +7,7 @@ before and after it, measured apart, alike for dense kernels and methods.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,18 @@ STAGES = ("order", "selection", "gather", "attention")
 SAMPLES = ("samples_ms", "wall_samples_ms", "dropped_ms")
 
 
-def summarise_times(records: Sequence[Record]) -> dict[str, Any]:
-    """What a bench's ``summarise`` returns; records as of ``attention_timing.measure_cell``."""
-    cells = [cell for record in records for cell in _cells(record)]
+def summarise_times(records: Sequence[Record], beside: Collection[str] = ()) -> dict[str, Any]:
+    """What a bench's ``summarise`` returns.
+
+    Args:
+        records: as of ``attention_timing.measure_cell`` or ``prefill_timing.measure_prefill``.
+        beside: labels of methods that are not the run's own: cells say so ("is_beside"), totals
+            are without them.
+    """
+    every = [cell for record in records for cell in _cells(record)]
+    for cell in every:
+        cell["is_beside"] = cell["variant"] in beside
+    cells = [cell for cell in every if not cell["is_beside"]]
     timed = [cell for cell in cells if cell["prefill_seconds"] is not None]
     lengths = [cell["length"] for cell in timed]
     total = {
@@ -38,8 +47,9 @@ def summarise_times(records: Sequence[Record]) -> dict[str, Any]:
     }
     for point in break_evens(records):
         if point["dense"] == "fastest":
-            total["break_even"] = point["break_even"]
-            for cell in cells:
+            if point["method"] not in beside:
+                total["break_even"] = point["break_even"]
+            for cell in every:
                 if _is_point_of(point, cell):
                     cell["break_even"] = point["break_even"]
     return {
@@ -48,7 +58,7 @@ def summarise_times(records: Sequence[Record]) -> dict[str, Any]:
         "by_length": {
             str(cell["length"]): cell for cell in timed if lengths.count(cell["length"]) == 1
         },
-        "cells": cells,
+        "cells": every,
         "break_even": break_evens(records),
     }
 

@@ -4,7 +4,7 @@
 
 Only the part "selection" decides, in which each method computes what it selects itself: times at a
 density that was set (the paper's, in "table7") say nothing about a method that selects more. Rows
-of other devices, head shapes and settings stay. Needs no hydra and no wandb.
+of other devices, head shapes and settings stay.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from experiments.files import write_atomically
 from experiments.store import Record
 from experiments.timing.result_folders import ResultFolder, read_folder
 from experiments.timing.timing_report import break_evens, shape_of
-from experiments.tools.bench_run import Plan
+from experiments.tools.bench import own_methods
 from pbs.methods import build_method
 from pbs.methods.crossover import COLUMNS, PACKAGED, Crossover, read_table, setting_of
 
@@ -80,12 +80,12 @@ def _row(folder: ResultFolder, point: Mapping[str, Any], records: Sequence[Recor
 
 
 def _setting(folder: ResultFolder, label: str) -> str:
-    """What a label of the results stands for; older results name no parameters: the plan's."""
+    """What a label of the results stands for; older results name no parameters."""
     if label in folder.methods:
         method = folder.methods[label]
         return setting_of(build_method(method["method"], **method["params"]))
-    name, params = Plan().methods[label]
-    return setting_of(build_method(name, **params))
+    settings = dict(own_methods()[label])
+    return setting_of(build_method(settings.pop("name"), **settings))
 
 
 def merge(earlier: Iterable[Crossover], rows: Iterable[Crossover]) -> list[Crossover]:
@@ -106,7 +106,7 @@ def to_csv(rows: Iterable[Crossover]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Read results, write the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("results", type=Path, nargs="+", help="folders with a results.json")
+    parser.add_argument("results", type=Path, nargs="+", help="folders of results")
     parser.add_argument("--out", type=Path, default=PACKAGED)
     options = parser.parse_args(arguments)
     rows = [row for path in options.results for row in crossovers(read_folder(path))]

@@ -1,8 +1,6 @@
 """``bench=attention``, ``bench=ttft``, random weights, and the scripts for CPU and GPU."""
 
 import json
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
@@ -15,6 +13,7 @@ from experiments.models.load import load_model
 from experiments.models.random_weights import ARCHITECTURES, build_random_model, random_ids
 from experiments.notes import notes_of
 from experiments.report.table import make_rows
+from experiments.results import load
 from experiments.settings.config import ConfigError, ModelConfig
 from experiments.store import RunStore
 from experiments.timing.captured_inputs import capture_inputs
@@ -22,12 +21,18 @@ from experiments.timing.cost_model import Shape
 from experiments.timing.inputs import Cell, draw_inputs
 from experiments.timing.prefill_timing import first_token, measure_prefill
 from experiments.timing.stopwatch import Effort
-from experiments.tools import bench_cpu, bench_gpu, bench_run
-from experiments.tools.bench_parts import fewest_rounds
 from pbs import build_method
 
 CPU = torch.device("cpu")
-SMALL = bench_run.Plan.smoke().model_changes
+SMALL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "vocab_size": 256,
+}
 FAST_TIMING = (
     "bench.seconds=0.01",
     "bench.min_rounds=1",
@@ -285,100 +290,42 @@ def test_wrong_settings_of_the_ttft_bench_are_explained():
         TtftBench(num_texts=0)
 
 
-# scripts
+def test_methods_beside_are_timed_in_the_same_cells_under_their_own_names(run):
+    beside = "bench.beside={sparse streaming: {name: streaming, n_init: 32, n_local: 128}}"
+    store = run("method=pbs", *OPS, "bench.lengths=[300,600]", beside)
+    results = store.metrics()["results"]
+    assert [cell["is_beside"] for cell in results["cells"]] == [False, True] * 2
+    assert results["total"]["num_samples"] == 2
+    assert set(results["by_length"]) == {"300", "600"}
+    (row,) = make_rows([store.folder])
+    assert row["label"] == "pbs"
+    frame = load(store.folder.parents[3])
+    assert frame["method"].tolist() == ["pbs", "streaming"] * 2
+    assert frame["method.n_local"].tolist()[1::2] == [128.0, 128.0]
+    assert frame["method.threshold"].isna().tolist() == [False, True] * 2
+    assert frame["method.threshold"].notna().tolist() == [True, False] * 2
 
 
-def test_the_gpu_script_runs_on_a_cpu_and_keeps_every_sample(tmp_path, capsys, monkeypatch):
-    # As on a machine that has torch and transformers but no hydra.
-    arguments = ["--out", str(tmp_path), "--device", "cpu", "--smoke", "--commit", "abc"]
-    assert bench_gpu.main([*arguments, "--parts", "gate,table7,ttft", "--seconds", "60"]) == 0
-    files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == ["break_even.csv", "gate.csv", "results.json", "table7.csv", "ttft.csv"]
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["environment"]["commit"] == "abc"
-    assert results["wrong"] == []
-    record = results["parts"]["table7"][-1]
-    assert len(record["methods"]["pbs shared"]["samples_ms"]) >= 2
-    assert not record["is_published_density"]
-    printed = capsys.readouterr().out
-    assert "== summary" in printed
-    assert "variants pass" in printed
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        ("{pbs: {name: pbs}}", "the run's own method"),
+        ("{other: 3}", "a method's settings by label"),
+        ("{other: {name: pbss}}", "pbss"),
+        ("{other: {name: pbs, tresh: 1}}", "tresh"),
+    ],
+)
+def test_wrong_methods_beside_are_explained(run, beside, message):
+    metrics = run("method=pbs", *OPS, f"bench.beside={beside}").metrics()
+    assert metrics["status"] == "failed"
+    assert message in metrics["error"]["message"]
 
 
-def test_every_part_has_samples_enough_and_the_gate_takes_no_times(tmp_path, capsys):
-    arguments = ["--out", str(tmp_path), "--device", "cpu", "--smoke"]
-    assert bench_gpu.main([*arguments, "--seconds", "60"]) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    for part in ("table7", "selection", "ttft"):
-        for record in results["parts"][part]:
-            for entry in (*record["dense"].values(), *record["methods"].values()):
-                assert entry["num_samples"] >= 10
-                assert entry["num_wall_samples"] == entry["num_samples"]
-                assert len(entry["dropped_ms"]) >= 2
-    assert "n=" in capsys.readouterr().out
-    gate = pd.read_csv(tmp_path / "gate.csv")
-    assert not [name for name in gate if "ms" in name or "speed" in name]
-    assert fewest_rounds("table7", 524288) == fewest_rounds("ttft", 131072) == 5
-    assert fewest_rounds("table7", 65536) == fewest_rounds("ttft", 32768) == 10
-
-
-def test_commands_fill_one_folder_in_one_environment(tmp_path, capsys):
-    arguments = ["--out", str(tmp_path), "--device", "cpu", "--smoke", "--seconds", "60"]
-    assert bench_gpu.main([*arguments, "--parts", "table7", "--lengths", "512"]) == 0
-    more = [*arguments, "--add", "--parts", "table7", "--lengths", "1024"]
-    assert bench_gpu.main(more) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert [record["length"] for record in results["parts"]["table7"]] == [512, 1024]
-    assert len(results["commands"]) == 2
-    assert results["methods"]["pbs shared"] == {"method": "pbs", "params": {"gqa": "shared"}}
-    assert bench_gpu.main([*more, "--commit", "another"]) == 2
-    assert "measured in another environment: commit differ" in capsys.readouterr().out
-    assert bench_gpu.main([*more[:-5], "--parts", "table7", "--lengths", "512"]) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert [record["length"] for record in results["parts"]["table7"]] == [512]
-
-
-def test_without_time_cells_are_skipped_and_said_so(tmp_path):
-    arguments = ["--out", str(tmp_path), "--device", "cpu", "--smoke", "--parts", "table7"]
-    assert bench_gpu.main([*arguments, "--seconds", "0.001"]) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert {r["failure"]["failure"] for r in results["parts"]["table7"]} == {"skipped"}
-
-
-def test_a_wrong_output_is_an_exit_status(tmp_path, monkeypatch, capsys):
-    real = bench_run.dense_kernels
-
-    def wrong(device):
-        return {"cpu": lambda *args, **kw: real(device)["cpu"](*args, **kw) * 1.01}
-
-    monkeypatch.setattr(bench_run, "dense_kernels", wrong)
-    arguments = ["--out", str(tmp_path), "--device", "cpu", "--smoke", "--parts", "table7"]
-    assert bench_gpu.main(arguments) == 1
-    assert "WRONG table7" in capsys.readouterr().out
-
-
-def test_the_gpu_script_needs_neither_hydra_nor_wandb(project):
-    code = (
-        "import sys\n"
-        "for name in ('hydra', 'omegaconf', 'wandb', 'rich'): sys.modules[name] = None\n"
-        "import experiments.tools.bench_gpu, experiments.timing.prefill_timing\n"
-        "import experiments.models.random_weights, experiments.timing.length_plan\n"
-        "import experiments.timing.captured_inputs\n"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=project, check=True)
-
-
-def test_unknown_parts_are_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        bench_gpu.main(["--out", str(tmp_path), "--parts", "table8", "--device", "cpu"])
-    assert "valid: gate, table7, selection, ttft" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_sparse_attention_on_a_cpu_is_twice_as_fast_as_sdpa():
-    record = bench_cpu.measure_target()
-    for line in bench_cpu.target_lines(record):
-        print(line)
-    entry = record["methods"]["pbs"]
-    assert entry["density"] <= bench_cpu.TARGET_DENSITY
-    assert entry["speed_up"]["cpu"] >= bench_cpu.TARGET_SPEED_UP
+def test_published_densities_are_those_of_table_5():
+    bench = AttentionBench(lengths=[8192, 131072, 262144], densities="published")
+    densities = [density for _, _, density in bench.grid(["4/2/32"])]
+    assert densities == [1205 / 2080, 114996 / 524800, 114996 / 524800]
+    assert TtftBench(lengths=[16384], densities="published").density_of(0) == 4005 / 8256
+    for wrong in ("table5", [0.0], [True], 0.5):
+        with pytest.raises(ValueError, match=r"bench\.densities must be null, published or"):
+            TtftBench(lengths=[16384], densities=wrong)

@@ -18,11 +18,19 @@ from experiments.timing.length_plan import GIB, lack_of_memory, plan_attention, 
 from experiments.timing.model_cost import Architecture, model_memory, prefill_cost
 from experiments.timing.prefill_timing import measure_prefill
 from experiments.timing.stopwatch import Effort
-from experiments.tools.bench_run import Plan
 from pbs import build_method
 from pbs.methods import METHODS
 
 CPU = torch.device("cpu")
+SMALL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "vocab_size": 256,
+}
 LLAMA = Architecture.of(length_plan.read_config(ARCHITECTURES / "llama31_8b"))
 N = 128 * 1024
 
@@ -132,7 +140,7 @@ def test_a_prefill_that_cannot_fit_is_not_tried(monkeypatch):
         ARCHITECTURES / "llama31_8b",
         dtype=torch.float32,
         device="cpu",
-        changes=Plan.smoke().model_changes,
+        changes=SMALL,
     )
     monkeypatch.setattr(prefill_ratios, "device_bytes", lambda _: 1000)
     ids = [random_ids(256, 300, device="cpu")]
