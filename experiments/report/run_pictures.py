@@ -110,17 +110,18 @@ def speed_up(_bench: Bench, context: Context) -> list[Path]:
     """Speed-up against length; the table goes to the log and to ``times.csv``."""
     from experiments.report.pictures.looks import save
     from experiments.report.time_figures import draw_speed_up
-    from experiments.report.times import Times
+    from experiments.report.times import Times, break_even_table, timing_table
     from experiments.settings.environment import device_name
-    from experiments.timing.timing_report import lines_of, write_times
+    from experiments.timing.timing_report import write_times
 
     records = context.records()
     write_times(records, context.folder / "times.csv")
-    for line in lines_of(records):
-        logger.info("%s", line)
     cfg = context.cfg
     title = f"{cfg.bench['name']} on {cfg.model_name}"
-    figure = draw_speed_up(Times(title, device_name(), tuple(records)))
+    times = Times(title, device_name(), tuple(records))
+    for table in (timing_table(times), break_even_table(times)):
+        logger.info("%s", table if isinstance(table, str) else table.to_string(index=False))
+    figure = draw_speed_up(times)
     return [] if isinstance(figure, str) else [save(figure, context.folder / "speed_up.png")]
 
 

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from experiments.notes import describe_truncation
 from experiments.report import coverage_views, figures, tables, time_figures
-from experiments.report.beside_published import compared_scores, compared_times
+from experiments.report.beside_published import compared_scores
+from experiments.report.device_tables import TITLE7, beside_table7
 from experiments.report.missing import missing_table, nothing_yet
 from experiments.report.runs import Group, Results
 from experiments.report.table import Row, reading_notes
@@ -22,6 +23,7 @@ from experiments.report.times import (
     Times,
     all_times,
     break_even_table,
+    committed_times,
     load_note,
     timing_table,
 )
@@ -199,13 +201,14 @@ def _based_on(rows: Sequence[Row]) -> Iterator[Block]:
 def _published(results: Results) -> Iterator[Block]:
     for heading, frame in compared_scores(results):
         yield Table(frame, caption=heading)
-    times = compared_times(results)
-    if isinstance(times, str):
-        yield Text(times)
-    else:
-        for source, part in times.groupby("source", sort=False):
-            caption = f"Attention alone, beside the PBS paper's Table 7 (H100): {source}."
-            yield Table(part.drop(columns="source"), caption=caption)
+    found = list(beside_table7([*committed_times(), *all_times(results)]))
+    for source, table, note in found:
+        yield Table(pd.DataFrame(table), caption=f"{TITLE7}: {source}. {note}")
+    if not found:
+        yield Text(
+            "No times at the heads and densities of the paper's Table 7; a GPU gives them in "
+            "minutes: `make bench-gpu`, or `python run.py experiment=table7`."
+        )
 
 
 def _missing(results: Results) -> Iterator[Block]:

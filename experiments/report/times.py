@@ -96,6 +96,8 @@ def times_frame(times: Times) -> pd.DataFrame:
     needed = ("median_ms", "floor_ms", "density", "coverage", "speed_up_over_fastest", "failure")
     needed += tuple(f"{stage}_ms" for stage in STAGES)
     needed += ("wall_ms", "wall_p20_ms", "wall_p80_ms", "wall_speed_up_over_fastest")
+    needed += ("relative_error", "peak_bytes", "total_bytes_by_rank", "communication_share")
+    needed += ("dense_reason", "message")
     needed += ("speed_up_over_fastest_p20", "speed_up_over_fastest_p80", "num_stage_samples")
     return frame.reindex(columns=[*frame.columns, *(n for n in needed if n not in frame)])
 
@@ -138,6 +140,11 @@ def timing_table(times: Times) -> pd.DataFrame:
             for stage in STAGES
         },
         "stage samples": _format(frame["num_stage_samples"], "{:.0f}"),
+        "relative error": _format(frame["relative_error"], "{:.0e}"),
+        "memory, MiB": _format(frame["peak_bytes"] / 2**20, "{:.0f}"),
+        "GiB by process": [_by_process(value) for value in frame["total_bytes_by_rank"]],
+        "communication, %": _format(100 * frame["communication_share"], "{:.0f}"),
+        "ran dense": frame["dense_reason"].fillna(""),
     }
     table = pd.DataFrame(columns)
     empty = [name for name in table if not (set(table[name]) - {"", "model"})]
@@ -188,6 +195,13 @@ def interval_text(value: float, low: float, high: float, show: Callable[[float],
     if pd.isna(value):
         return ""
     return show(value) + ("" if pd.isna(low) else f" [{show(low)}, {show(high)}]")
+
+
+def _by_process(value: Sequence[float | None] | float) -> str:
+    """Memory of each of the processes that share a model."""
+    if not isinstance(value, list):
+        return ""
+    return ", ".join("?" if one is None else f"{one / 2**30:.2f}" for one in value)
 
 
 def _count(row: Record) -> str:

@@ -11,11 +11,11 @@ import pandas as pd
 from experiments.files import write_atomically
 from experiments.machine_load import load_warning
 from experiments.notes import listed
-from experiments.report.markdown import to_markdown
+from experiments.report.device_tables import TITLE7, as_text, beside_table7, table7_frame
+from experiments.report.times import Times
 from experiments.statistics import format_spread
-from experiments.store import Record, RunStore
-from experiments.timing.published import TABLE7, PublishedRow
-from experiments.timing.timing_report import has_published_times, marks_of, shape_of
+from experiments.store import RunStore
+from experiments.timing.timing_report import marks_of, shape_of
 
 Row = dict[str, Any]
 
@@ -135,66 +135,21 @@ def write_table7(group: Path, rows: Sequence[Row]) -> list[Path]:
         rows: runs of the table.
 
     Returns:
-        The files; none if no cell has the paper's heads and dtype.
+        The files; none if no cell has the paper's heads, dtype and density.
     """
-    published = {row.length: row for row in TABLE7}
-    lines = [
-        _beside(published[record["length"]], row["label"], label, entry, record)
+    times = [
+        Times(row["label"], row.get("device") or "", tuple(RunStore(Path(row["path"])).samples()))
         for row in rows
-        for record in RunStore(Path(row["path"])).samples()
-        if has_published_times(record)
-        for label, entry in record["methods"].items()
     ]
-    if not lines:
+    frames = [table7_frame(one).assign(run=one.title) for one in times]
+    frames = [frame for frame in frames if len(frame)]
+    if not frames:
         return []
-    frame = pd.DataFrame(lines).sort_values(["tokens", "method"], kind="stable")
+    frame = pd.concat(frames).sort_values(["length", "run"], kind="stable")
     write_atomically(group / "table7.csv", frame.to_csv(index=False))
-    texts = {name: [_cell_text(value) for value in frame[name]] for name in frame}
-    write_atomically(group / "table7.md", f"{TITLE7}\n\n{to_markdown(texts)}\n")
+    texts = [f"{source}\n\n{as_text(*found)}" for source, *found in beside_table7(times)]
+    write_atomically(group / "table7.md", "\n\n".join([f"{TITLE7}.", *texts]) + "\n")
     return [group / "table7.md", group / "table7.csv"]
-
-
-TITLE7 = (
-    "Table 7 of the PBS paper (arXiv 2510.21270; H100, FlashAttention-2 as dense) and ours, "
-    "milliseconds, medians with 20th and 80th percentiles; wait: what a caller waits for one call"
-)
-
-
-def _beside(
-    published: PublishedRow, run_label: str, label: str, entry: Record, record: Record
-) -> Row:
-    """One length and method: published columns, then ours."""
-    stages = entry.get("stages_ms", {})
-    line: Row = {
-        "tokens": published.length,
-        "method": run_label if run_label else label,
-        "density": entry.get("density"),
-        "published dense": published.dense_ms,
-        "published permute": published.permute_ms,
-        "published select": published.select_ms,
-        "published attention": published.attention_ms,
-        "published total": published.total_ms,
-        "published speed-up": published.speed_up,
-    }
-    for name, dense in record["dense"].items():
-        line[f"our dense {name}"] = dense["median_ms"] or dense.get("failure")
-    line |= {f"our {name}": stages.get(name) for name in ("order", "gather", "selection")}
-    line |= {"our attention": stages.get("attention")}
-    line |= {"our total": entry["median_ms"] or entry.get("failure")}
-    line |= {f"our total {name}": entry.get(f"{name}_ms") for name in ("p20", "p80")}
-    line |= {"our wait": entry.get("wall_ms"), "samples": len(entry.get("samples_ms", ()))}
-    line |= {"stage samples": entry.get("num_stage_samples")}
-    for name, value in entry.get("speed_up", {}).items():
-        line[f"our speed-up over {name}"] = value
-        for end in ("p20", "p80"):
-            line[f"our speed-up over {name} {end}"] = entry.get(f"speed_up_{end}", {}).get(name)
-    return line
-
-
-def _cell_text(value: Any) -> str:
-    if value is None or (isinstance(value, float) and pd.isna(value)):
-        return ""
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def _text(row: Row, key: str) -> str:

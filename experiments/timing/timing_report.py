@@ -1,8 +1,4 @@
-"""Timing records as tables and pictures. Importable without hydra, torch and wandb.
-
-``ms`` is the time of the device; ``waits`` what a caller waits for one call that is synchronised
-before and after it, measured apart, alike for dense kernels and methods.
-"""
+"""Timing records as rows and summaries, with break-even lengths."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from experiments.machine_load import load_warning
 from experiments.statistics import FEWEST_FOR_PERCENTILES
 from experiments.timing.published import TABLE7
 from experiments.timing.samples import FEW_SAMPLES
@@ -203,35 +198,6 @@ def write_times(records: Sequence[Record], path: Path) -> None:
     write_atomically(path, pd.DataFrame(rows).to_csv(index=False))
 
 
-def lines_of(records: Sequence[Record]) -> list[str]:
-    """A short table: what ran, how long, how much faster, at what cost; published numbers below."""
-    heading = (
-        f"{'N':>7} {'heads':>9} {'variant':24} {'ms':>9} {'p20':>9} {'p80':>9} {'n':>3} "
-        f"{'waits':>9} {'floor':>8} "
-        f"{'order':>7} {'select':>7} {'gather':>7} {'attn':>8} {'dens':>6} {'cover':>6} "
-        f"{'error':>7} {'TF/s':>7} {'of best':>7} {'x best':>7} {'p20':>6} {'p80':>6} {'MiB':>7}"
-    )
-    if any("num_ranks" in record for record in records):
-        heading += f" {'comm':>5}"
-    lines = [heading]
-    for record in records:
-        lines += [_line(record, row) for row in table_rows(record)]
-        warning = load_warning(record.get("load"))
-        lines += [f"{record['length']:>7} {warning}"] if warning else []
-        lines += _published(record)
-        lines += _by_process(record)
-    for point in break_evens(records):
-        where = "not reached" if point["break_even"] is None else f"{point['break_even']:.0f}"
-        if point["break_even"] == point["shortest"]:
-            where = f"at or below {point['shortest']}"
-        lines.append(
-            f"break-even of {point['method']} over {point['dense']}: {where} "
-            f"({point['speed_up_at_longest']:.2f}x at {point['longest']}; at least "
-            f"{point['fewest_samples']} samples a time)"
-        )
-    return lines
-
-
 def _cells(record: Record) -> list[Record]:
     """One row per method, with dense times beside it."""
     rows = []
@@ -251,34 +217,6 @@ def _cells(record: Record) -> list[Record]:
     return rows
 
 
-def _line(record: Record, row: Record) -> str:
-    """One variant of one cell."""
-    heads = shape_of(record) or "model"
-    start = f"{record['length']:>7} {heads:>9} {row['variant'][:24]:24}"
-    if row.get("median_ms") is None:
-        return f"{start} {row.get('failure')}: {row.get('message', '')[:100]}"
-    stages = {name: row.get(f"{name}_ms") for name in STAGES}
-    peak, share = row.get("peak_bytes"), row.get("communication_share")
-    tflops = row.get("attention_tflops", row.get("tflops"))
-    reason = f"  ran dense: {row['dense_reason']}" if row.get("dense_reason") else ""
-    return (
-        f"{start} {row['median_ms']:9.3f} {_number(row.get('p20_ms'), 9, 3)} "
-        f"{_number(row.get('p80_ms'), 9, 3)} "
-        f"{row['num_samples']:3d} {_number(row.get('wall_ms'), 9, 3)} "
-        f"{_number(row.get('floor_ms'), 8, 3)} {_number(stages['order'], 7, 3)} "
-        f"{_number(stages['selection'], 7, 3)} {_number(stages['gather'], 7, 3)} "
-        f"{_number(stages['attention'], 8, 3)} {_number(row.get('density'), 6, 3)} "
-        f"{_number(row.get('coverage'), 6, 3)} {_error(row.get('relative_error'))} "
-        f"{_number(tflops, 7, 2)} "
-        f"{_number(row.get('share_of_dense_tflops'), 7, 2)} "
-        f"{_number(row.get('speed_up_over_fastest'), 7, 2)} "
-        f"{_number(row.get('speed_up_over_fastest_p20'), 6, 2)} "
-        f"{_number(row.get('speed_up_over_fastest_p80'), 6, 2)} "
-        f"{_number(None if peak is None else peak / 2**20, 7, 0)}"
-        f"{'' if share is None else f' {share:5.2f}'}{reason}{marks_of(row)}"
-    )
-
-
 def marks_of(row: Mapping[str, Any]) -> str:
     """What a reader must know before a time is believed: few samples, never warm; "" if nothing."""
     marks = []
@@ -293,42 +231,6 @@ def has_published_times(record: Record) -> bool:
     """Whether the paper's Table 7 has a row for this cell."""
     is_paper = shape_of(record) == "32/8/128" and record.get("dtype") == "bfloat16"
     return is_paper and any(row.length == record["length"] for row in TABLE7)
-
-
-def _published(record: Record) -> list[str]:
-    """The paper's row for this cell, if it has one."""
-    if not has_published_times(record):
-        return []
-    return [
-        f"{row.length:>7}  32/8/128 {'published (H100), dense':24} {row.dense_ms:9.2f}\n"
-        f"{row.length:>7}  32/8/128 {'published (H100), PBS':24} {row.total_ms:9.2f} "
-        f"{'':28} permute {row.permute_ms}, select {row.select_ms}, attention "
-        f"{row.attention_ms}, {row.speed_up:.2f}x"
-        for row in TABLE7
-        if row.length == record["length"]
-    ]
-
-
-def _by_process(record: Record) -> list[str]:
-    """Memory and density of each of the processes that share a model."""
-    lines = []
-    for label, entry in {**record["dense"], **record["methods"]}.items():
-        totals = entry.get("total_bytes_by_rank")
-        if not totals or entry.get("median_ms") is None:
-            continue
-        memory = ", ".join("?" if one is None else f"{one / 2**30:.2f}" for one in totals)
-        densities = ", ".join(f"{one:.3f}" for one in entry.get("density_by_rank", ()))
-        suffix = f"; density {densities}" if densities else ""
-        lines.append(f"{record['length']:>7} by process: {label}: {memory} GiB{suffix}")
-    return lines
-
-
-def _number(value: float | None, width: int, digits: int) -> str:
-    return " " * width if value is None else f"{value:{width}.{digits}f}"
-
-
-def _error(value: float | None) -> str:
-    return " " * 7 if value is None else f"{value:7.0e}"
 
 
 def _mean(values: Any) -> float | None:

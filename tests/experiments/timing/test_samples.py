@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from experiments.report.times import Times, break_even_table, timing_table
 from experiments.timing.samples import FEW_SAMPLES, num_cold, without_cold_samples
 from experiments.timing.stopwatch import MOST_WARM_UP, Effort, Stopwatch, time_interleaved
-from experiments.timing.timing_report import break_evens, lines_of, table_rows
+from experiments.timing.timing_report import break_evens, table_rows
 
 CPU = torch.device("cpu")
 
@@ -57,7 +58,8 @@ def test_calls_that_never_agree_are_marked(monkeypatch):
     assert not found.is_warm
     ours = {**found.to_dict(), "dense_reason": ""}
     one = {**record(8192, [], []), "dense": {}, "methods": {"pbs": ours}}
-    assert "its calls never came to agree" in "\n".join(lines_of([without_cold_samples(one)]))
+    shown = timing_table(Times("cells", "gpu", (without_cold_samples(one),)))
+    assert "its calls never came to agree" in shown["samples"][0]
 
 
 def test_a_call_made_earlier_is_the_first_of_the_warm_up(monkeypatch):
@@ -145,9 +147,9 @@ def test_few_rounds_have_a_median_and_no_percentiles():
     (_, row) = table_rows(found)
     assert row["num_samples"] == 3 < FEW_SAMPLES
     assert row["speed_up_over_fastest_p20"] is None
-    text = "\n".join(lines_of([found]))
-    assert "few samples: 3" in text
-    assert "at least 3 samples a time" in text
+    ours = Times("cells", "gpu", (found,))
+    assert "few samples: 3" in timing_table(ours)["samples"][1]
+    assert break_even_table(ours)["fewest samples a time"].tolist() == [3, 3]
 
 
 def test_a_caller_who_waits_has_a_speed_up_of_his_own():

@@ -12,6 +12,7 @@ from experiments.memory import (
     peak_memory,
     poisoned_memory,
 )
+from experiments.report.times import Times, break_even_table, timing_table
 from experiments.timing import attention_timing
 from experiments.timing.attention_timing import measure_cell
 from experiments.timing.cost_model import Rates, Shape
@@ -29,7 +30,6 @@ from experiments.timing.stopwatch import (
 from experiments.timing.timing_report import (
     break_even,
     break_evens,
-    lines_of,
     summarise_times,
     table_rows,
 )
@@ -298,7 +298,8 @@ def test_what_fails_in_a_cell_is_recorded_and_the_rest_is_timed(monkeypatch):
     assert record["methods"]["minference"]["failure"] == "unavailable"
     assert record["fastest_dense"] == "cpu"
     assert len(table_rows(record)) == 4
-    assert any("out of memory" in line for line in lines_of([record]))
+    shown = timing_table(Times("cell", "cpu", (record,)))
+    assert "out of memory" in shown["ms"].tolist()
 
 
 def test_inputs_that_do_not_fit_are_recorded(monkeypatch):
@@ -384,9 +385,8 @@ def test_the_summary_has_the_break_even_and_a_time_per_length():
     assert found["total"]["break_even"] == pytest.approx(16384)
     assert found["by_length"]["32768"]["prefill_seconds"] == 0.01
     assert found["cells"][0]["dense_cpu_ms"] == 5.0
-    lines = "\n".join(lines_of(records))
-    assert "break-even of pbs over cpu: 16384" in lines
-    assert "published (H100), PBS" in lines
+    points = break_even_table(Times("cells", "cpu", tuple(records)))
+    assert points.set_index("over dense").loc["cpu", "break-even, tokens"] == "16384"
 
 
 def test_densities_at_one_length_have_break_evens_of_their_own():
