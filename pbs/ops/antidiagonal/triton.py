@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pbs.ops.grid import BlockGrid
-from pbs.ops.primitives import LOG2_E
+from pbs.ops.primitives import LOG2_E, finite, fold, load_rows, offset
 
 
 @triton.jit
@@ -34,14 +34,11 @@ def _group_logits(
 ):
     """Base-2 logits of a tile of groups: one product of s slices, each one token of a group."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    real = (dims < HEAD_DIM)[None, :]
     for token in range(STRIDE):
         q_rows = rows * STRIDE + STRIDE - 1 - token
         k_rows = columns * STRIDE + token
-        q_pointers = q_base + q_rows.to(tl.int64)[:, None] * q_stride + dims[None, :]
-        k_pointers = k_base + k_rows.to(tl.int64)[:, None] * k_stride + dims[None, :]
-        q = tl.load(q_pointers, mask=(q_rows < num_queries)[:, None] & real, other=0.0)  # [M, D]
-        k = tl.load(k_pointers, mask=(k_rows < num_keys)[:, None] & real, other=0.0)  # [N, D]
+        q = load_rows(q_base, q_rows, q_stride, q_rows < num_queries, dims, HEAD_DIM)  # [M, D]
+        k = load_rows(k_base, k_rows, k_stride, k_rows < num_keys, dims, HEAD_DIM)  # [N, D]
         acc = tl.dot(q, tl.trans(k), acc, input_precision="ieee")
     return tl.where(columns[None, :] < ends[:, None], acc * scale_log2, float("-inf"))
 
@@ -80,8 +77,8 @@ def antidiagonal_block_sums_kernel(
     rows = part * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     ends = tl.load(ends_ptr + rows, mask=rows < num_groups, other=0)
-    q_base = q_ptr + batch.to(tl.int64) * q_strides[0] + head.to(tl.int64) * q_strides[1]
-    k_base = k_ptr + batch.to(tl.int64) * k_strides[0] + (head // GROUP).to(tl.int64) * k_strides[1]
+    q_base = q_ptr + offset(q_strides, batch, head)
+    k_base = k_ptr + offset(k_strides, batch, head // GROUP)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     if HAS_BESIDE:
@@ -108,13 +105,8 @@ def antidiagonal_block_sums_kernel(
             BLOCK_M,
             BLOCK_N,
         )
-        new_max = tl.maximum(row_max, tl.max(logits, 1))
-        # A row without keys keeps -inf; -inf - -inf would be NaN.
-        reference = tl.where(new_max == float("-inf"), 0.0, new_max)
-        row_sum = row_sum * tl.exp2(row_max - reference)
-        row_sum += tl.sum(tl.exp2(logits - reference[:, None]), 1)
-        row_max = new_max
-    reference = tl.where(row_max == float("-inf"), 0.0, row_max)
+        _, _, row_max, row_sum = fold(row_max, row_sum, logits, 1.0, True)
+    reference = finite(row_max)
     share = 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)
     tiles = part * (BLOCK_M // QUERY_GROUPS) + tl.arange(0, BLOCK_M // QUERY_GROUPS)
     out = sums_ptr + (tl.program_id(1).to(tl.int64) * num_query_tiles + tiles) * num_key_tiles

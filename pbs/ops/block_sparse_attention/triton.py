@@ -20,59 +20,39 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from pbs.ops.block_sparse_attention.triton_hopper import hopper_options
 from pbs.ops.block_sparse_attention.triton_hopper import launch as launch_hopper
 from pbs.ops.block_sparse_attention.triton_parts import (
+    attend,
+    attend_tile,
     attend_windows_by_value,
-    load_rows,
-    load_tile,
-    offset,
-    online_softmax,
+    head_of,
+    list_of,
     sees,
 )
 from pbs.ops.block_sparse_attention.tuned import tuned
 from pbs.ops.permutation import gather_keys
 from pbs.ops.plan import AttentionPlan
-from pbs.ops.primitives import LOG2_E
+from pbs.ops.primitives import LOG2_E, load_rows, offset
 from pbs.ops.stages import stage
 
 
 @triton.jit
 def block_sparse_attention_fwd_kernel(
     q_ptr,
-    k_ptr,
-    v_ptr,
-    ordered_k_ptr,
-    ordered_v_ptr,
+    natural,
+    ordered,
     k_descriptor,
     v_descriptor,
     ordered_k_descriptor,
     ordered_v_descriptor,
     out_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    windows_ptr,
-    num_windows_ptr,
-    columns_ptr,
-    num_columns_ptr,
-    query_order_ptr,
-    local_window_ptr,
     q_strides,
-    k_strides,
-    v_strides,
-    ordered_k_strides,
-    ordered_v_strides,
     out_strides,
-    blocks_strides,
-    num_blocks_strides,
-    windows_strides,
-    num_windows_strides,
-    columns_strides,
-    num_columns_strides,
-    query_order_strides,
+    blocks,
+    windows,
+    columns,
+    query_order,
+    local_windows_ptr,
     scale_log2,
-    num_heads,
-    num_kv_heads,
-    num_order_heads,
-    num_queries,
-    num_keys,
+    sizes,
     KV_GROUP: tl.constexpr,
     ORDER_GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -81,12 +61,18 @@ def block_sparse_attention_fwd_kernel(
     BLOCK_N: tl.constexpr,
     QUERY_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
-    HAS_COLUMNS: tl.constexpr,
-    HAS_QUERY_ORDER: tl.constexpr,
-    HAS_LOCAL_WINDOW: tl.constexpr,
-    USE_TMA: tl.constexpr,
 ):
-    """One program: BLOCK_M rows of one query tile of one head, over all keys the plan names."""
+    """One program: BLOCK_M rows of one query tile of one head, over all keys the plan names.
+
+    Args:
+        natural, ordered: pointers to keys and values, their strides, and how many heads they have.
+        k_descriptor: for the tensor memory accelerator, like the three after it; None without.
+        blocks, windows, columns: lists, their lengths, the strides of both; columns may be None.
+        query_order: pointer and strides; None: queries lie in natural order.
+        local_windows_ptr: two integers for each head; None: windows are causal.
+        sizes: heads, queries, keys.
+    """
+    num_heads, num_queries, num_keys = sizes
     # Later query tiles see more keys: start the longest programs first.
     part = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = tl.program_id(1) // num_heads
@@ -98,8 +84,8 @@ def block_sparse_attention_fwd_kernel(
     keys = tl.arange(0, BLOCK_N)  # [N]
 
     source = rows
-    if HAS_QUERY_ORDER:
-        pointers = query_order_ptr + offset(query_order_strides, batch, head) + rows
+    if query_order is not None:
+        pointers = query_order[0] + offset(query_order[1], batch, head) + rows
         source = tl.load(pointers, mask=real, other=0).to(tl.int32)
     positions = tl.where(real, source + num_keys - num_queries, -1)
 
@@ -110,126 +96,51 @@ def block_sparse_attention_fwd_kernel(
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
 
     PARTS: tl.constexpr = KEY_TILE // BLOCK_N
-    plane = batch * num_kv_heads + head // KV_GROUP
-    k_base = k_ptr + offset(k_strides, batch, head // KV_GROUP)
-    v_base = v_ptr + offset(v_strides, batch, head // KV_GROUP)
+    natural_head = head_of(natural, batch, head // KV_GROUP)
+    descriptors = (k_descriptor, v_descriptor)
     # 1. Windows in natural order, with the causal mask per token.
-    num_init = 0
-    num_local = 0
-    if HAS_LOCAL_WINDOW:
-        num_init = tl.load(local_window_ptr + head * 2)
-        num_local = tl.load(local_window_ptr + head * 2 + 1)
-    lists = windows_ptr + offset(windows_strides, batch, head) + tile * windows_strides[2]
-    count = tl.load(
-        num_windows_ptr + offset(num_windows_strides, batch, head) + tile * num_windows_strides[2]
-    )
+    local_window = None
+    if local_windows_ptr is not None:
+        pair = local_windows_ptr + head * 2
+        local_window = (tl.load(pair), tl.load(pair + 1))
+    entries, count = list_of(windows, batch, head, tile)
     for step in range(count * PARTS):
-        start = tl.load(lists + step // PARTS) + step % PARTS * BLOCK_N
-        k = load_tile(
-            k_descriptor,
-            k_base,
-            plane,
-            start,
-            k_strides[2],
-            num_keys,
-            HEAD_DIM,
-            BLOCK_N,
-            BLOCK_D,
-            USE_TMA,
-        )
-        v = load_tile(
-            v_descriptor,
-            v_base,
-            plane,
-            start,
-            v_strides[2],
-            num_keys,
-            HEAD_DIM,
-            BLOCK_N,
-            BLOCK_D,
-            USE_TMA,
-        )
-        key = start + keys
-        seen = sees(positions[:, None], key[None, :], num_init, num_local, HAS_LOCAL_WINDOW)
-        acc, row_max, row_sum = online_softmax(
-            acc, row_max, row_sum, q, k, v, seen, scale_log2, True
-        )
+        start = tl.load(entries + step // PARTS) + step % PARTS * BLOCK_N
+        seen = sees(positions[:, None], (start + keys)[None, :], local_window)
+        acc, row_max, row_sum = attend_tile(
+            (acc, row_max, row_sum), q, natural_head, descriptors, start, num_keys, seen,
+            scale_log2, HEAD_DIM, BLOCK_N, True,
+        )  # fmt: skip
     # 0 * NaN and 0 * inf: a value that is not finite has reached rows that do not see it. Windows
     # alone are masked, so nothing after them can do that.
     if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
         acc, row_max, row_sum = attend_windows_by_value(
-            q,
-            k_base,
-            v_base,
-            k_strides[2],
-            v_strides[2],
-            lists,
-            count,
-            positions,
-            num_keys,
-            num_init,
-            num_local,
-            scale_log2,
-            HEAD_DIM,
-            BLOCK_N,
-            KEY_TILE,
-            HAS_LOCAL_WINDOW,
-        )
+            q, natural_head, entries, count, positions, num_keys, local_window,
+            scale_log2, HEAD_DIM, BLOCK_N, KEY_TILE,
+        )  # fmt: skip
 
     # 2. Key tiles that every row sees, in plan order: no mask. They are whole, so all keys exist.
-    lists = blocks_ptr + offset(blocks_strides, batch, head) + tile * blocks_strides[2]
-    count = tl.load(
-        num_blocks_ptr + offset(num_blocks_strides, batch, head) + tile * num_blocks_strides[2]
-    )
-    order_head = head // ORDER_GROUP
-    plane = batch * num_order_heads + order_head
-    ordered_k_base = ordered_k_ptr + offset(ordered_k_strides, batch, order_head)
-    ordered_v_base = ordered_v_ptr + offset(ordered_v_strides, batch, order_head)
+    ordered_head = head_of(ordered, batch, head // ORDER_GROUP)
+    descriptors = (ordered_k_descriptor, ordered_v_descriptor)
+    entries, count = list_of(blocks, batch, head, tile)
     for step in range(count * PARTS):
-        start = tl.load(lists + step // PARTS).to(tl.int32) * KEY_TILE + step % PARTS * BLOCK_N
-        k = load_tile(
-            ordered_k_descriptor,
-            ordered_k_base,
-            plane,
-            start,
-            ordered_k_strides[2],
-            num_keys,
-            HEAD_DIM,
-            BLOCK_N,
-            BLOCK_D,
-            USE_TMA,
-        )
-        v = load_tile(
-            ordered_v_descriptor,
-            ordered_v_base,
-            plane,
-            start,
-            ordered_v_strides[2],
-            num_keys,
-            HEAD_DIM,
-            BLOCK_N,
-            BLOCK_D,
-            USE_TMA,
-        )
-        acc, row_max, row_sum = online_softmax(
-            acc, row_max, row_sum, q, k, v, real[:, None], scale_log2, False
-        )
+        start = tl.load(entries + step // PARTS).to(tl.int32) * KEY_TILE + step % PARTS * BLOCK_N
+        acc, row_max, row_sum = attend_tile(
+            (acc, row_max, row_sum), q, ordered_head, descriptors, start, num_keys, None,
+            scale_log2, HEAD_DIM, BLOCK_N, False,
+        )  # fmt: skip
 
     # 3. Single columns in natural order, gathered BLOCK_N at a time.
-    if HAS_COLUMNS:
-        lists = columns_ptr + offset(columns_strides, batch, head) + tile * columns_strides[2]
-        count = tl.load(
-            num_columns_ptr
-            + offset(num_columns_strides, batch, head)
-            + tile * num_columns_strides[2]
-        )
+    if columns is not None:
+        k_base, v_base, k_stride, v_stride, _ = natural_head
+        entries, count = list_of(columns, batch, head, tile)
         for step in range(0, count, BLOCK_N):
             exists = step + keys < count
-            column = tl.load(lists + step + keys, mask=exists, other=0)
-            k = load_rows(k_base, column, k_strides[2], exists, dims, HEAD_DIM)
-            v = load_rows(v_base, column, v_strides[2], exists, dims, HEAD_DIM)
-            acc, row_max, row_sum = online_softmax(
-                acc, row_max, row_sum, q, k, v, exists[None, :], scale_log2, True
+            column = tl.load(entries + step + keys, mask=exists, other=0)
+            k = load_rows(k_base, column, k_stride, exists, dims, HEAD_DIM)
+            v = load_rows(v_base, column, v_stride, exists, dims, HEAD_DIM)
+            acc, row_max, row_sum = attend(
+                (acc, row_max, row_sum), q, k, v, exists[None, :], scale_log2, True
             )
 
     # A query without keys has sum 0 and accumulator 0: its output is 0.
@@ -332,7 +243,7 @@ def block_sparse_attention(
             if ordered_k is None:
                 ordered_k = gather_keys(k, plan.order)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lists = _PlanPointers.of(plan)
+    lists = _Lists.of(plan)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         if hopper is not None:
             launch_hopper(
@@ -362,7 +273,7 @@ def _launch(
     ordered_v: Tensor,
     out: Tensor,
     plan: AttentionPlan,
-    lists: _PlanPointers,
+    lists: _Lists,
     scale_log2: float,
     options: LaunchOptions,
 ) -> None:
@@ -376,28 +287,22 @@ def _launch(
             TensorDescriptor.from_tensor(x.flatten(0, 1), box) for x in (k, v, ordered_k, ordered_v)
         ]
     programs = (triton.cdiv(num_queries, options.block_m), batch * num_heads)
+    query_order, local_window = plan.query_order, plan.local_window
     block_sparse_attention_fwd_kernel[programs](
         q,
-        k,
-        v,
-        ordered_k,
-        ordered_v,
+        (k, v, k.stride(), v.stride(), k.shape[1]),
+        (ordered_k, ordered_v, ordered_k.stride(), ordered_v.stride(), ordered_k.shape[1]),
         *descriptors,
         out,
-        *lists,
         q.stride(),
-        k.stride(),
-        v.stride(),
-        ordered_k.stride(),
-        ordered_v.stride(),
         out.stride(),
-        *(x.stride() for x in lists[:7]),
+        _with_strides(lists.blocks, lists.num_blocks),
+        _with_strides(lists.windows, lists.num_windows),
+        _with_strides(lists.columns, lists.num_columns),
+        None if query_order is None else (query_order, query_order.stride()),
+        local_window,
         scale_log2,
-        num_heads,
-        k.shape[1],
-        ordered_k.shape[1],
-        num_queries,
-        k.shape[2],
+        (num_heads, num_queries, k.shape[2]),
         KV_GROUP=num_heads // k.shape[1],
         ORDER_GROUP=num_heads // ordered_k.shape[1],
         HEAD_DIM=head_dim,
@@ -406,13 +311,17 @@ def _launch(
         BLOCK_N=options.block_n,
         QUERY_TILE=plan.grid.query_tile,
         KEY_TILE=plan.grid.key_tile,
-        HAS_COLUMNS=plan.columns is not None,
-        HAS_QUERY_ORDER=plan.query_order is not None,
-        HAS_LOCAL_WINDOW=plan.local_window is not None,
-        USE_TMA=options.use_tma,
         num_warps=options.num_warps,
         num_stages=options.num_stages,
     )
+
+
+def _with_strides(
+    lists: Tensor | None, counts: Tensor | None
+) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[int, ...]] | None:
+    if lists is None or counts is None:
+        return None
+    return lists, counts, lists.stride(), counts.stride()
 
 
 def _for_descriptor(x: Tensor) -> Tensor:
@@ -436,34 +345,21 @@ def _check_interpreter(q: Tensor) -> None:
         )
 
 
-class _PlanPointers(NamedTuple):
-    """The plan's tensors, spread over sequences and heads (stride 0); unused ones are stand-ins."""
+class _Lists(NamedTuple):
+    """The plan's lists, spread over sequences and heads (stride 0)."""
 
     blocks: Tensor
     num_blocks: Tensor
     windows: Tensor
     num_windows: Tensor
-    columns: Tensor
-    num_columns: Tensor
-    query_order: Tensor  # the last that travels with its strides
-    local_window: Tensor
+    columns: Tensor | None
+    num_columns: Tensor | None
 
     @classmethod
-    def of(cls, plan: AttentionPlan) -> _PlanPointers:
+    def of(cls, plan: AttentionPlan) -> _Lists:
         shape = (plan.batch_size, plan.num_heads)
-        blocks = plan.blocks.expand(*shape, -1, -1)
-        num_blocks = plan.num_blocks.expand(*shape, -1)
-        columns, num_columns = blocks, num_blocks
-        if plan.columns is not None and plan.num_columns is not None:
-            columns = plan.columns.expand(*shape, -1, -1)
-            num_columns = plan.num_columns.expand(*shape, -1)
-        return cls(
-            blocks,
-            num_blocks,
-            plan.windows.expand(*shape, -1, -1),
-            plan.num_windows.expand(*shape, -1),
-            columns,
-            num_columns,
-            num_blocks if plan.query_order is None else plan.query_order,
-            num_blocks if plan.local_window is None else plan.local_window,
-        )
+        lists = (plan.blocks, plan.windows, plan.columns)
+        counts = (plan.num_blocks, plan.num_windows, plan.num_columns)
+        spread = [None if x is None else x.expand(*shape, -1, -1) for x in lists]
+        numbers = [None if x is None else x.expand(*shape, -1) for x in counts]
+        return cls(*(x for pair in zip(spread, numbers, strict=True) for x in pair))

@@ -10,20 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pbs.ops.primitives import LOG2_E
+from pbs.ops.primitives import LOG2_E, finite, fold, load_rows, offset
 
 # Parts of the keys that programs of the first pass reduce to a maximum and a sum per proxy query:
 # enough to fill a GPU, few enough that every program of the second pass can combine them itself.
 MAX_CHUNKS = 32
 # Programs of the first pass that fill a GPU.
 NUM_PROGRAMS = 256
-
-
-@triton.jit
-def _load_keys(k_base, rows, k_stride, dims, num_keys, HEAD_DIM: tl.constexpr):
-    keep = (rows < num_keys)[:, None] & (dims < HEAD_DIM)[None, :]
-    pointers = k_base + rows.to(tl.int64)[:, None] * k_stride + dims[None, :]
-    return tl.load(pointers, mask=keep, other=0.0)  # [N, D]
 
 
 @triton.jit
@@ -40,14 +33,6 @@ def _logits(q, k, rows, num_keys, scale_log2):
         logits = tl.dot(low, tl.trans(k), logits, input_precision="ieee")
     logits *= scale_log2
     return tl.where((rows < num_keys)[None, :], logits, float("-inf"))
-
-
-@triton.jit
-def _load_proxy(q_ptr, strides, batch, head, rows, dims, num_proxy, HEAD_DIM: tl.constexpr):
-    base = q_ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
-    keep = (rows < num_proxy)[:, None] & (dims < HEAD_DIM)[None, :]
-    pointers = base + rows[:, None] * strides[2] + dims[None, :]
-    return tl.load(pointers, mask=keep, other=0.0)  # [M, D]
 
 
 @triton.jit
@@ -76,19 +61,17 @@ def proxy_normaliser_kernel(
     head = tl.program_id(1) % num_heads
     proxy = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
-    q = _load_proxy(q_ptr, q_strides, batch, head, proxy, dims, num_proxy, HEAD_DIM)
-    k_base = k_ptr + batch.to(tl.int64) * k_strides[0] + (head // GROUP).to(tl.int64) * k_strides[1]
+    q_base = q_ptr + offset(q_strides, batch, head)
+    q = load_rows(q_base, proxy, q_strides[2], proxy < num_proxy, dims, HEAD_DIM)  # [M, D]
+    k_base = k_ptr + offset(k_strides, batch, head // GROUP)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     for start in range(0, chunk_size, BLOCK_N):
         rows = chunk * chunk_size + start + tl.arange(0, BLOCK_N)
-        k = _load_keys(k_base, rows, k_strides[2], dims, num_keys, HEAD_DIM)
+        k = load_rows(k_base, rows, k_strides[2], rows < num_keys, dims, HEAD_DIM)  # [N, D]
         logits = _logits(q, k, rows, num_keys, scale_log2)
-        new_max = tl.maximum(row_max, tl.max(logits, 1))
-        # The first tile of a chunk always has a key: new_max is finite.
-        row_sum = row_sum * tl.exp2(row_max - new_max)
-        row_sum += tl.sum(tl.exp2(logits - new_max[:, None]), 1)
-        row_max = new_max
+        # The first tile of a chunk always has a key: the maximum is finite.
+        _, _, row_max, row_sum = fold(row_max, row_sum, logits, 1.0, False)
     places = (tl.program_id(1).to(tl.int64) * num_chunks + chunk) * num_proxy + proxy
     tl.store(maxima_ptr + places, row_max, mask=proxy < num_proxy)
     tl.store(sums_ptr + places, row_sum, mask=proxy < num_proxy)
@@ -102,8 +85,7 @@ def _normalisers(maxima_ptr, sums_ptr, plane, proxy, num_proxy, num_chunks, BLOC
     exists = (chunks < num_chunks)[:, None] & (proxy < num_proxy)[None, :]
     maxima = tl.load(maxima_ptr + places, mask=exists, other=float("-inf"))  # [C, M]
     sums = tl.load(sums_ptr + places, mask=exists, other=0.0)
-    largest = tl.max(maxima, 0)
-    reference = tl.where(largest == float("-inf"), 0.0, largest)
+    reference = finite(tl.max(maxima, 0))
     total = tl.sum(sums * tl.exp2(maxima - reference[None, :]), 0)
     # A probability of a row that does not exist is exp2(... - inf) = 0.
     return tl.where(proxy < num_proxy, reference + tl.log2(tl.maximum(total, 1e-37)), float("inf"))
@@ -136,12 +118,13 @@ def key_importance_kernel(
     head = plane % num_heads
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
-    k_base = k_ptr + batch.to(tl.int64) * k_strides[0] + (head // GROUP).to(tl.int64) * k_strides[1]
-    k = _load_keys(k_base, rows, k_strides[2], dims, num_keys, HEAD_DIM)
+    q_base = q_ptr + offset(q_strides, batch, head)
+    k_base = k_ptr + offset(k_strides, batch, head // GROUP)
+    k = load_rows(k_base, rows, k_strides[2], rows < num_keys, dims, HEAD_DIM)  # [N, D]
     total = tl.zeros([BLOCK_N], dtype=tl.float32)
     for start in range(0, num_proxy, BLOCK_M):
         proxy = start + tl.arange(0, BLOCK_M)
-        q = _load_proxy(q_ptr, q_strides, batch, head, proxy, dims, num_proxy, HEAD_DIM)
+        q = load_rows(q_base, proxy, q_strides[2], proxy < num_proxy, dims, HEAD_DIM)  # [M, D]
         logits = _logits(q, k, rows, num_keys, scale_log2)
         normaliser = _normalisers(
             maxima_ptr, sums_ptr, plane.to(tl.int64), proxy, num_proxy, num_chunks, BLOCK_C
@@ -227,8 +210,7 @@ def gather_keys_kernel(
         exists = places < num_keys
         source = tl.load(order_ptr + base + places, mask=exists, other=0)
         keep = exists[:, None] & (dims < HEAD_DIM)[None, :]
-        pointers = x_base + source[:, None] * x_strides[2] + dims[None, :]
-        rows = tl.load(pointers, mask=keep, other=0.0)  # [N, D]
+        rows = load_rows(x_base, source, x_strides[2], exists, dims, HEAD_DIM)  # [N, D]
         out = out_ptr + (base + places)[:, None] * HEAD_DIM + dims[None, :]
         tl.store(out, rows, mask=keep)
         if HAS_MEANS:

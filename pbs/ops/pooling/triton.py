@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pbs.ops.primitives import load_rows
+
 
 @triton.jit
 def mean_pool_kernel(
@@ -30,9 +32,8 @@ def mean_pool_kernel(
     total = tl.zeros([BLOCK_D], dtype=tl.float32)
     for start in range(0, TILE, BLOCK_N):
         rows = tile * TILE + start + tl.arange(0, BLOCK_N)
-        keep = (rows < num_tokens)[:, None] & (dims < HEAD_DIM)[None, :]
-        pointers = base + rows.to(tl.int64)[:, None] * x_strides[2] + dims[None, :]
-        total += tl.sum(tl.load(pointers, mask=keep, other=0.0).to(tl.float32), 0)  # [N, D]
+        x = load_rows(base, rows, x_strides[2], rows < num_tokens, dims, HEAD_DIM)  # [N, D]
+        total += tl.sum(x.to(tl.float32), 0)
     count = TILE
     if not COUNTS_PADDING:
         count = tl.minimum(TILE, num_tokens - tile * TILE)
