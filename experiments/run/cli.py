@@ -26,6 +26,7 @@ from experiments.settings.config import (
 )
 from experiments.settings.credentials import hide, refuse_in_words
 from experiments.settings.explain import GROUPS, explain
+from experiments.settings.words import check_words
 
 HELP = """\
 Compares sparse prefill attention methods: a model, a method, a bench.
@@ -89,6 +90,7 @@ def explain_errors(run: Callable[[], Any]) -> int:
     try:
         refuse_in_words(sys.argv[1:])
         sys.argv[1:] = flags_first(sys.argv[1:])
+        check_words([word for word in sys.argv[1:] if not word.startswith("-")])
         run()
         status = 0
         if CollectCells.folders:

@@ -22,7 +22,6 @@ from omegaconf.errors import (
 from experiments.settings.checks import describe_type, shorten
 from experiments.settings.groups import ConfigError
 
-NO_SLURM = "Slurm, whose srun is not on this machine's PATH: run it on a node of the cluster"
 GROUPS = (
     "model",
     "method",
@@ -131,11 +130,6 @@ def _say_group(found: re.Match[str]) -> str:
     return unknown("key or group:", found[1], GROUPS)
 
 
-def _say_several(found: re.Match[str]) -> str:
-    group = found[1].rpartition("@")[2].rpartition("/")[2]
-    return f"{group} is given more than once; choose one, or sweep with -m {group}=a,b"
-
-
 def _say_part(found: re.Match[str]) -> str:
     group, option, method = found.groups()
     return f"{method} has no {group}: leave out {group}={option}, or choose a method with one"
@@ -143,20 +137,8 @@ def _say_part(found: re.Match[str]) -> str:
 
 _PACKAGES = "; others come with the packages hydra-joblib-launcher and hydra-submitit-launcher"
 _PHRASES = (
-    (
-        r"Could not detect \"srun\"",
-        lambda _: (
-            f"hydra/launcher=submitit_slurm needs {NO_SLURM}, or choose hydra/launcher="
-            "submitit_local or joblib"
-        ),
-    ),
-    (
-        r"Config group override must be a string",
-        lambda _: "a group cannot be null: leave it out, or remove it with ~GROUP",
-    ),
     (r"In '(order|selector)/(\w+)'.*object_type=(\w+)", _say_part),
     (r"Could not override '([^']*)'\.\s+(?:No match|Did you mean)", _say_group),
-    (r"Multiple values for (\S+?)\. ", _say_several),
     (
         r"Ambiguous value for argument '(.*?)'",
         lambda found: (

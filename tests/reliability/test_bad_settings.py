@@ -16,6 +16,7 @@ from experiments.run.runner import build_bench
 from experiments.settings.bench_names import BENCHES
 from experiments.settings.config import CONF, RunConfig, make_schema, parameters
 from experiments.settings.explain import explain
+from experiments.settings.words import check_words
 from pbs.methods import METHODS, build_method
 from tests.reliability.messages import check_error, check_message, check_raised
 
@@ -183,8 +184,8 @@ COMMANDS = {
     "bench.tasks.x=1": "give the whole list",
     "bench.limit.x=1": "bench.limit must be an integer or null",
     "bench=[needle,ruler]": "bench is given more than once",
-    "bench=null": "a group cannot be null",
-    "bench=3": "a group cannot be null",
+    "bench=null": "bench must name one of its options, got null",
+    "bench=3": "bench must name one of its options, got 3",
     "bench=../needle": "unknown option of group",
     "+bench=ruler": "bench is given more than once",
     "~method.threshold": "method.threshold cannot be taken away",
@@ -253,6 +254,7 @@ LATER = {
 def explanation(use, word):
     """What the command line says to a word that nothing can be done with."""
     try:
+        check_words([word])
         use(word)
     except Exception as error:  # noqa: BLE001 - Hydra's are of many types
         return explain(error)

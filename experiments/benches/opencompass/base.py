@@ -21,7 +21,7 @@ from experiments.benches.opencompass.parts import Part
 from experiments.metrics import ACCURACY, SCORE
 from experiments.run_environments import prefill_times
 from experiments.settings.config import ConfigError
-from experiments.settings.explain import NO_SLURM
+from experiments.settings.words import NO_SLURM
 from experiments.store import Record
 from pbs.registry import unknown
 

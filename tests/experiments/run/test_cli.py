@@ -63,7 +63,7 @@ def _slowness() -> float:
         (["method=pbs,flash"], "--multirun"),
         (["model=hf"], "add model.path="),
         (["logger.mode=no"], "offline, online, disabled"),
-        (["debug=null"], "~GROUP"),
+        (["debug=null"], "~debug"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
