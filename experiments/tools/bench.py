@@ -53,6 +53,10 @@ ROUNDS_BEFORE = 2.5
 PREDICTED_FLOPS = {"cuda": 350e12, "cpu": 2e10}
 # Longest cells with structured inputs: above, drawing them on the host would take most of the time.
 MAX_STRUCTURED = 131072
+# A cell of the gate that compiles its kernels, as measured on an H100 and on a CPU.
+SECONDS_OF_GATE = {"cuda": 7.0, "cpu": 0.2}
+# Methods that the gate runs at every head shape.
+GATED_WIDELY = ("pbs", "pbs shared")
 # Layers, and parameters outside of attention, of Llama-3.1-8B.
 NUM_LAYERS, NUM_PARAMETERS = 32, 8.03e9
 # ``make bench``: PBS should be this much faster than SDPA on a CPU, at this length and density,
@@ -180,10 +184,7 @@ def jobs(sizes: Sizes, part: str, device: str, lengths: Sequence[int] | None) ->
     """
     methods = dict(sizes.methods or own_methods())
     if part == "gate":
-        for label, method in methods.items():
-            shapes = sizes.gate_shapes if label.startswith("pbs") else sizes.gate_shapes[:1]
-            words = {"shapes": shapes, "lengths": sizes.lengths[part], "dtypes": sizes.gate_dtypes}
-            yield Job(part, (*_method_words(method), *_bench_words("gate", device, words)), 1.0)
+        yield from _gate_jobs(sizes, methods, device)
         return
     for length in sizes.lengths[part]:
         if lengths is not None and length not in lengths:
@@ -212,6 +213,23 @@ def jobs(sizes: Sizes, part: str, device: str, lengths: Sequence[int] | None) ->
             found = _bench_words("attention", device, words)
         seconds = num_calls(part, length) * flops / PREDICTED_FLOPS[device] + 3.0 + length / 3e4
         yield Job(part, (*_method_words({"name": "pbs"}), *found), seconds)
+
+
+def _gate_jobs(sizes: Sizes, methods: Mapping[str, Method], device: str) -> Iterator[Job]:
+    """Every method at the first head shape, then PBS at the others, at the first length."""
+    first, others, lengths = sizes.gate_shapes[:1], sizes.gate_shapes[1:], sizes.lengths["gate"]
+    todo = [(method, first, lengths) for method in methods.values()]
+    if others:
+        todo += [(m, others, lengths[:1]) for label, m in methods.items() if label in GATED_WIDELY]
+    known: set[str] = set()
+    for method, shapes, some in todo:
+        words = {"shapes": shapes, "lengths": some, "dtypes": sizes.gate_dtypes}
+        count = len(shapes) * len(some) * len(sizes.gate_dtypes)
+        # Kernels are compiled for the first method that meets a shape.
+        each = SECONDS_OF_GATE[device] / (1 if shapes[0] not in known else 4)
+        known |= {*shapes}
+        bench = _bench_words("gate", device, words)
+        yield Job("gate", (*_method_words(method), *bench), count * each)
 
 
 def _method_words(method: Method) -> tuple[str, ...]:
