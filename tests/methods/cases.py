@@ -4,6 +4,8 @@ Few queries on a filled cache run sparse, too: no call of the matrix is a decodi
 """
 
 from pbs import build_method
+from pbs.orders import ORDERS
+from pbs.selectors import SELECTORS
 
 # name -> (method class name, parameters for the tests, parameters that must equal dense attention)
 CASES = {
@@ -35,7 +37,8 @@ CASES = {
             {"block_size": 32, "segment_size": 64, "threshold": 0.6, "selector": selector},
             {"threshold": 1.0},
         )
-        for selector in ("maxpool", "low_band", "oracle")
+        for selector in SELECTORS
+        if selector != "meanpool"  # the default
     },
     "pbs-oracle-causal": (
         "pbs",
@@ -54,7 +57,8 @@ CASES = {
             {"block_size": 32, "segment_size": 64, "threshold": 0.6, "order": order},
             {"threshold": 1.0},
         )
-        for order in ("random", "greedy", "random_query", "avg_query", "adaptive")
+        for order in ORDERS
+        if order not in ("last_block", "none")  # the default, and below
     },
     "pbs-adaptive-shared": (
         "pbs",

@@ -10,6 +10,8 @@ from experiments.timing.cost_model import Shape, method_cost
 from pbs import AttentionMethod
 from pbs.methods import METHODS
 from pbs.methods.facts import Facts
+from pbs.orders import ORDERS
+from pbs.selectors import SELECTORS
 from tests.methods.cases import CASES
 from tests.properties.draws import PARAMETERS
 
@@ -50,6 +52,33 @@ def missing(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_nothing_is_missing(name):
     assert missing(name) == []
+
+
+def missing_part(registry, name):
+    """What the order or selector of this name still needs."""
+    found = []
+    if not (ROOT / "conf" / registry.kind / f"{name}.yaml").is_file():
+        found.append(f"conf/{registry.kind}/{name}.yaml: '{registry.kind}: {name}' for method")
+    if f"`{name}`" not in (ROOT / "README.md").read_text():
+        found.append(f"README.md: `{name}` among the choices of method.{registry.kind}=")
+    if not any(params.get(registry.kind) == name for _, params, _ in CASES.values()):
+        is_default = getattr(METHODS.load("pbs")(), registry.kind) == name
+        if not is_default:
+            found.append(f"tests/methods/cases.py: a line with {registry.kind} {name!r}")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("registry", "name"), [(one, name) for one in (ORDERS, SELECTORS) for name in one]
+)
+def test_no_part_of_pbs_lacks_anything(registry, name):
+    assert missing_part(registry, name) == []
+
+
+def test_what_a_new_selector_lacks_is_named_with_its_place(monkeypatch):
+    monkeypatch.setitem(SELECTORS._entries, "newcomer", f"{__name__}:Newcomer")
+    places = [sentence.partition(":")[0] for sentence in missing_part(SELECTORS, "newcomer")]
+    assert places == ["conf/selector/newcomer.yaml", "README.md", "tests/methods/cases.py"]
 
 
 @dataclass(kw_only=True)
