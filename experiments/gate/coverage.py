@@ -75,12 +75,34 @@ def measure_plans(
     Returns:
         fp64 ``[P, Z, H']`` in [0, 1].
     """
+    each = measure_rows(q, k, plans, scale=scale, heads=heads, rows=rows, chunk_rows=chunk_rows)
+    # Rounding of fp32 sums can carry full coverage a few 1e-7 past 1.
+    return each.mean(dim=3).clamp_(max=1.0)
+
+
+def measure_rows(
+    q: Tensor,
+    k: Tensor,
+    plans: Sequence[AttentionPlan],
+    *,
+    scale: float,
+    heads: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
+    chunk_rows: int = 256,
+) -> Tensor:
+    """Coverage of each query row; arguments and errors are those of :func:`measure_plans`.
+
+    Returns:
+        fp64 ``[P, Z, H', R]`` on the CPU, one column per row, ascending; rounding can carry a full
+        one a few 1e-7 past 1.
+    """
     check_attention_inputs(q, k)
     heads = range(q.shape[1]) if heads is None else heads
     for plan in plans:
         row_index = _checked_rows(q, k, plan, heads, rows, chunk_rows)
     groups = q.shape[1] // k.shape[1]
-    coverage = torch.ones(len(plans), q.shape[0], len(heads), dtype=torch.float64)
+    shape = (len(plans), q.shape[0], len(heads), len(row_index))
+    coverage = torch.ones(shape, dtype=torch.float64)
     sparse = [index for index, plan in enumerate(plans) if not plan.is_dense]
     if not sparse:
         return coverage
@@ -94,9 +116,8 @@ def measure_plans(
                 rows=row_index,
                 chunk_rows=chunk_rows,
             )
-            coverage[sparse, sequence, column] = per_row.double().mean(dim=1).cpu()
-    # Rounding of fp32 sums can carry full coverage a few 1e-7 past 1.
-    return coverage.clamp_(max=1.0)
+            coverage[sparse, sequence, column] = per_row.double().cpu()
+    return coverage
 
 
 class CoverageProbe:
@@ -137,6 +158,7 @@ class CoverageProbe:
         self._seed = seed
         self._chunk_rows = chunk_rows
         self._values: dict[int, list[Tensor]] = {}
+        self._rows: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, record: CallRecord) -> None:
         """Measure one call."""
@@ -150,16 +172,18 @@ class CoverageProbe:
         if num_rows < num_queries:
             rows = sample_rows(num_queries, num_rows, seed=self._seed)
         with torch.no_grad():
-            coverage = measure_coverage(
+            each = measure_rows(
                 record.q,
                 record.k,
-                record.plan,
+                [record.plan],
                 scale=record.scale,
                 heads=self.heads,
                 rows=rows,
                 chunk_rows=self._chunk_rows,
-            )
-        self._values.setdefault(layer, []).append(coverage)
+            )[0]
+        self._values.setdefault(layer, []).append(each.mean(dim=2).clamp_(max=1.0))
+        places = torch.arange(num_queries) if rows is None else torch.tensor(rows)
+        self._rows.append((places, each.float()))
 
     def num_rows_of(self, num_queries: int) -> int:
         """How many of so many queries are measured."""
@@ -195,9 +219,25 @@ class CoverageProbe:
             )
         return {layer: torch.cat(values) for layer, values in sorted(self._values.items())}
 
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Coverage of all measured query rows between two places, over layers and heads: fp32.
+
+        Raises:
+            ValueError: no row there was measured.
+        """
+        found = [
+            each[..., (places >= start) & (places < (places.max() + 1 if stop is None else stop))]
+            for places, each in self._rows
+        ]
+        joined = torch.cat([one.flatten() for one in found]) if found else torch.empty(0)
+        if not len(joined):
+            raise ValueError(f"no coverage was measured of rows {start} to {stop}")
+        return joined.clamp(max=1.0)
+
     def reset(self) -> None:
         """Forget everything measured so far."""
         self._values.clear()
+        self._rows.clear()
 
 
 def sample_rows(num_queries: int, num_rows: int, *, seed: int = 0) -> list[int]:

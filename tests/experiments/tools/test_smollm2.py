@@ -79,7 +79,7 @@ def test_other_weights_are_refused(tmp_path):
 
 
 def test_without_gguf_the_extra_is_named(cache, monkeypatch):
-    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
+    monkeypatch.setattr("experiments.models.gguf.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"\.\[real\]"):
         smollm2.fetch(cache / "models" / "smollm2")
 
