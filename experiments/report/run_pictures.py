@@ -132,6 +132,13 @@ def coverage_curves(folders: Sequence[Path], folder: Path) -> list[Path]:
     return draw_curves(folders, folder)
 
 
+def likelihood_curves(folders: Sequence[Path], folder: Path) -> list[Path]:
+    """KL against density and time."""
+    from experiments.report.pictures.likelihood_curves import draw_likelihood
+
+    return draw_likelihood(folders, folder)
+
+
 OF_A_RUN: dict[str, Callable[[Any, Context], list[Path]]] = {
     "needle": needle_map,
     "coverage": coverage_pictures,
@@ -140,4 +147,5 @@ OF_A_RUN: dict[str, Callable[[Any, Context], list[Path]]] = {
 }
 OF_A_GROUP: dict[str, Callable[[Sequence[Path], Path], list[Path]]] = {
     "coverage": coverage_curves,
+    "likelihood": likelihood_curves,
 }
