@@ -26,6 +26,7 @@ Record = dict[str, Any]
 COMMITTED = Path(__file__).resolve().parents[1] / "measured"
 # Samples of the runs in a folder: <bench>/<model>/<method>/<hash>.
 RUNS = "*/*/*/*/samples.jsonl"
+BENCHES = ("gate", "attention", "ttft")
 # Parts that hold times; "gate" holds errors alone.
 TIMED_PARTS = ("table7", "selection", "ttft")
 # What names a cell; another record of the same takes its place.
@@ -145,7 +146,7 @@ def cell_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
 def result_folders(root: Path = COMMITTED) -> list[ResultFolder]:
     """All folders of results below ``root``, whatever they are called, oldest first."""
     paths = {file.parent for file in root.glob("*/results*.json")}
-    paths |= {file.parents[4] for file in root.glob(f"*/{RUNS}")}
+    paths |= {file.parents[4] for file in root.glob(f"*/{RUNS}") if file.parts[-5] in BENCHES}
     folders = [read_folder(path) for path in sorted(paths)]
     return sorted(folders, key=lambda one: (one.environment["time"], one.path.name))
 

@@ -1,6 +1,7 @@
 """``make readme``: writes the result tables of README.md from results, so that no number is typed.
 
-The table of the demo comes from the runs of ``make demo`` in ``outputs``, the way ``make report``
+Those of a real model come from the newest runs of ``bench=likelihood`` that come with the project,
+the table of the demo from the runs of ``make demo`` in ``outputs``, the way ``make report``
 makes it, those of GPUs from the newest folder of ``experiments/measured`` of each device that
 measured them, whatever the folder's name, or from folders that are named:
 
@@ -10,6 +11,7 @@ measured them, whatever the folder's name, or from folders that are named:
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 import sys
@@ -19,19 +21,24 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.report.device_tables import as_text, device_table, legend
+from experiments.report.likelihood_table import likelihood_table
 from experiments.report.markdown import to_markdown
 from experiments.report.pictures import draw_accuracy_density
+from experiments.report.pictures.likelihood_curves import draw_likelihood
 from experiments.report.runs import Results, Run, read_results
 from experiments.report.table import Row, format_columns, reading_notes, title_of
 from experiments.settings.bench_names import BENCHES
 from experiments.settings.config import ROOT
 from experiments.settings.names import changed_parameters
+from experiments.store import Record
 from experiments.timing.result_folders import ResultFolder, newest_folders, read_folder
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "experiments" / "measured"
-SECTIONS = ("needle", "table7", "ttft")
+SECTIONS = ("real", "needle", "table7", "ttft")
 DEMO = ("flash", "meanpool", "pbs")
+# At which the real model's methods are set beside one another.
+REAL_DENSITY = 0.2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if section not in SECTIONS:
             parser.error(f"unknown section {section!r}; valid: {', '.join(SECTIONS)}")
     text = README.read_text()
+    if "real" in sections:
+        text = replace_section(text, "real", real_tables(newest_likelihood(RESULTS)))
     if "needle" in sections:
         text = replace_section(text, "needle", needle_table(ROOT / "outputs"))
     for part, make in (("table7", table7), ("ttft", ttft)):
@@ -67,6 +76,44 @@ def replace_section(text: str, name: str, content: str) -> str:
     if found is None:
         raise ValueError(f"README.md has no section {name!r}: expected <!-- begin {name} -->")
     return text[: found.end(1)] + content + text[found.start(2) :]
+
+
+def newest_likelihood(root: Path) -> Path:
+    """The newest folder below ``root`` with runs of ``bench=likelihood``; their names end in dates.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = sorted(root.glob("*/likelihood"), key=lambda path: path.parent.name.split("_")[-1])
+    if not found:
+        raise FileNotFoundError(
+            f"{root} has no runs of bench=likelihood; see experiment=real_curves"
+        )
+    return found[-1]
+
+
+def real_tables(folder: Path) -> str:
+    """Tables of a real model at one density; its picture of all densities is drawn anew in docs."""
+    parts = []
+    for group in sorted(path for path in folder.iterdir() if path.is_dir()):
+        runs = sorted(path.parent for path in group.glob("*/*/metrics.json"))
+        draw_likelihood(runs, ROOT / "docs")
+        parts.append(to_markdown(likelihood_table(runs, target=REAL_DENSITY)))
+    environment = read_environment(runs[0])
+    source = folder.parent.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder.parent
+    parts.append(
+        f"{environment['device']}, bf16, texts debian-handbook and debian-policy, every knob set "
+        f"to density {REAL_DENSITY:g} on held-out windows; brackets: 95 % intervals over windows "
+        "(Student), differences paired by window. 32768 tokens by YaRN, untrained. All runs and "
+        f"samples in [{source}]({source})."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def read_environment(run: Path) -> Record:
+    """The environment a run was made in."""
+    found: Record = json.loads((run / "env.json").read_text(encoding="utf-8"))
+    return found
 
 
 def needle_table(outputs: Path) -> str:

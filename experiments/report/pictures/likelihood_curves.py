@@ -85,7 +85,7 @@ def _draw(frame: pd.DataFrame, length: int, path: Path) -> Path:
 def _panel(axes: Axes, frame: pd.DataFrame, column: str, title: str) -> None:
     axes.set_title(title, fontsize=11)
     if column == "density":
-        axes.set_xlim(0, 1.02)
+        axes.set_xlim(0, min(1.02, 1.15 * frame.loc[frame["kl"] > ROUNDING, "density"].max()))
         axes.xaxis.set_major_formatter(Percent())
         axes.set_xlabel("density")
     else:

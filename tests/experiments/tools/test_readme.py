@@ -27,6 +27,19 @@ def test_the_gpu_tables_of_the_readme_are_what_the_results_say():
         assert gpu_section(newest_folders(RESULTS, part=part), make) in README.read_text()
 
 
+def test_the_tables_of_the_real_model_are_what_its_results_say(monkeypatch):
+    monkeypatch.setattr(readme, "draw_likelihood", lambda *_: [])
+    text = readme.real_tables(readme.newest_likelihood(RESULTS))
+    assert text in README.read_text()
+    assert "| 8192 | PBS | 19.4 |" in text
+    assert text.count("| dense (flash) |") == 2
+
+
+def test_without_likelihood_runs_the_command_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="experiment=real_curves"):
+        readme.newest_likelihood(tmp_path)
+
+
 def entry(milliseconds, *, waits=None, count=5):
     timing = {"median_ms": milliseconds, "samples_ms": [milliseconds] * count, "dropped_ms": []}
     ends = {"p20_ms": milliseconds, "p80_ms": 1.1 * milliseconds, "num_samples": count}
