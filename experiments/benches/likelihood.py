@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from typing_extensions import override
 
 from experiments.benches.base import Bench, Context
-from experiments.benches.likelihood_texts import (
+from experiments.benches.texts import (
     Window,
     held_out_windows,
     named_text,

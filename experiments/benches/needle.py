@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.benches import needle_grid
 from experiments.benches.base import Bench, Context
+from experiments.benches.texts import named_text, read_text
 from experiments.content import input_digest
-from experiments.metrics import ACCURACY
+from experiments.metrics import ACCURACY, Metric, summarise_metrics
 from experiments.run_environments import prefill_times
 from experiments.store import Record
 from pbs.registry import unknown
@@ -28,6 +30,7 @@ NOT_FINITE = (
     "the model's logits are NaN or infinite, so that its answer means nothing: the checkpoint or "
     "model.config is damaged, or model.dtype cannot hold its activations; try model.dtype=float32"
 )
+ANSWER_NLL = Metric("answer_nll", "nats", higher_is_better=False, decimals=3)
 # Indices of measured samples are below.
 HELD_OUT_INDEX = 1_000_000
 
@@ -54,9 +57,16 @@ class NeedleBench(Bench):
         coverage_layers: layers to measure; default: first, middle and last.
         coverage_heads: query heads to measure; default: all.
         coverage_rows: queries a call to measure coverage on; null for all.
+        haystack: a file with running text (UTF-8), or the name of a book of
+            ``experiments.tools.texts``, instead of generated sentences.
+        chat: write the tokenizer's chat template around the prompt, if it has one; false asks a
+            model as it was pretrained.
+
+    Beside the answer, which is right or wrong, the right answer's NLL is measured, a token's mean,
+    on the same filled cache: it shows damage where two runs answer alike.
     """
 
-    metrics = (ACCURACY,)
+    metrics = (ACCURACY, ANSWER_NLL)
     which_samples = (
         *("limit", "tasks", "lengths", "depths", "num_samples"),
         *("coverage_every", "coverage_layers", "coverage_heads", "coverage_rows"),
@@ -70,6 +80,8 @@ class NeedleBench(Bench):
     coverage_layers: list[int] | None = None
     coverage_heads: list[int] | None = None
     coverage_rows: int | None = 256
+    haystack: str | None = None
+    chat: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,6 +120,23 @@ class NeedleBench(Bench):
                 f"{self.coverage_rows}; bench.coverage_every=0 measures no coverage"
             )
 
+    @classmethod
+    def input_files(cls, settings: Mapping[str, Any]) -> dict[str, Path]:
+        """See the base class."""
+        name = settings.get("haystack")
+        path = None if name is None else named_text(name)
+        return {"haystack": path} if path is not None and path.is_file() else {}
+
+    def sentences(self) -> list[str] | None:
+        """Of the haystack; None if they are generated.
+
+        Raises:
+            ConfigError: no such text, or none that can be read.
+        """
+        from experiments.benches.needle_tasks import split_sentences
+
+        return None if self.haystack is None else split_sentences(read_text(self.haystack))
+
     def grid(self) -> list[needle_grid.Cell]:
         """Every sample in the order they run; with ``limit`` the first of each task."""
         cells = needle_grid.grid(self.tasks, self.lengths, self.depths, self.num_samples)
@@ -128,6 +157,7 @@ class NeedleBench(Bench):
         grid = self.grid()
         context.announce(len(grid))
         covered = needle_grid.share(grid, self.coverage_every)
+        sentences = self.sentences()
         is_warm = False
         with apply_patch_with_prefill(model.model, method):
             for cell in grid:
@@ -140,6 +170,8 @@ class NeedleBench(Bench):
                     index=index,
                     seed=context.cfg.seed,
                     tokenizer=model.tokenizer,
+                    haystack=sentences,
+                    is_chat=self.chat,
                 )
                 if sample.sample_id in context.done:
                     continue
@@ -194,7 +226,7 @@ class NeedleBench(Bench):
         """
         from experiments.benches.needle_tasks import make_sample
 
-        prompts = []
+        prompts, sentences = [], self.sentences()
         for length in lengths or self.lengths:
             for _ in range(num_prompts):
                 number = len(prompts)
@@ -206,6 +238,8 @@ class NeedleBench(Bench):
                     index=HELD_OUT_INDEX + number,
                     seed=seed,
                     tokenizer=model.tokenizer,
+                    haystack=sentences,
+                    is_chat=self.chat,
                 )
                 prompts.append((sample.sample_id, encode_sample(model, sample)))
         return prompts
@@ -230,19 +264,21 @@ def encode_sample(model: LoadedModel, sample: NeedleSample) -> torch.Tensor:
 
 def answer(model: LoadedModel, sample: NeedleSample, inputs: torch.Tensor) -> Record:
     """Prefill the patched model, timed up to the first token, then write the rest of the answer."""
-    from experiments.benches.needle_tasks import is_correct
+    from experiments.benches.needle_tasks import encode_answer, is_correct
     from pbs.patch.huggingface import get_patch
 
     patch = get_patch(model.model)
     patch.reset()
     model.synchronise()
     started = time.perf_counter()
-    first, cache = prefill(model, inputs)
+    logits, cache = prefill(model, inputs)
+    first = int(logits.argmax())
     model.synchronise()
     prefill_seconds = time.perf_counter() - started
     report = patch.report()
     tokens = decode(model, first, cache, num_tokens=sample.max_new_tokens)
     completion = model.tokenizer.decode(tokens, skip_special_tokens=True)
+    nll = answer_nll(model, encode_answer(sample, model.tokenizer), logits, cache, inputs.shape[1])
     return {
         "sample_id": sample.sample_id,
         "task": sample.task,
@@ -255,6 +291,7 @@ def answer(model: LoadedModel, sample: NeedleSample, inputs: torch.Tensor) -> Re
         "completion": completion,
         "answers": list(sample.answers),
         "correct": is_correct(sample, completion),
+        "answer_nll": nll,
         "prefill_seconds": prefill_seconds,
         "density": report.density,
         "layer_density": [layer.density for layer in report.layers],
@@ -280,8 +317,8 @@ def sample_coverage(
     }
 
 
-def prefill(model: LoadedModel, inputs: torch.Tensor) -> tuple[int, Any]:
-    """First token of the answer and the filled cache, from ids ``[1, N]``.
+def prefill(model: LoadedModel, inputs: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Logits ``[V]`` of the answer's first token and the filled cache, from ids ``[1, N]``.
 
     Raises:
         ValueError: the model computes NaN or infinity, whose largest entry is no answer.
@@ -290,10 +327,44 @@ def prefill(model: LoadedModel, inputs: torch.Tensor) -> tuple[int, Any]:
 
     with torch.inference_mode():
         out = model.model(input_ids=inputs, use_cache=True, logits_to_keep=1)
-        largest, first = out.logits[0, -1].max(dim=-1)  # NaN counts as the largest
-        if not largest.isfinite():
+        logits = out.logits[0, -1]
+        if not logits.max().isfinite():  # NaN counts as the largest
             raise ValueError(NOT_FINITE)
-        return int(first), out.past_key_values
+        return logits, out.past_key_values
+
+
+def answer_nll(
+    model: LoadedModel, ids: Sequence[int], logits: torch.Tensor, cache: Any, length: int
+) -> float | None:
+    """Mean NLL, nats a token, of a given answer after a prompt.
+
+    Args:
+        model: patched or not: so few tokens on a filled cache are a decoding step.
+        ids: of the answer.
+        logits: ``[V]`` of its first token.
+        cache: filled by the prompt, and perhaps by an answer, which is cut off.
+        length: of the prompt.
+
+    Returns:
+        None for caches that cannot be cut back, such as those of sliding windows.
+    """
+    import torch
+
+    if len(ids) > 1:
+        try:
+            extra = cache.get_seq_length() - length
+            if extra:
+                cache.crop(-extra)
+        except (AttributeError, NotImplementedError, ValueError):
+            return None
+    with torch.inference_mode():
+        rows = [logits[None]]
+        if len(ids) > 1:
+            inputs = torch.tensor([ids[:-1]], device=model.device)
+            rows.append(model.model(input_ids=inputs, past_key_values=cache).logits[0])
+        log_probs = torch.cat(rows).float().log_softmax(-1)
+        targets = torch.tensor(ids, device=log_probs.device)
+        return float(-log_probs.gather(-1, targets[:, None]).mean())
 
 
 def decode(model: LoadedModel, first: int, cache: Any, *, num_tokens: int) -> list[int]:
@@ -334,6 +405,7 @@ def measure(records: Sequence[Record]) -> dict[str, Any]:
         "accuracy": num_correct / len(records),
         "accuracy_low": interval.low,
         "accuracy_high": interval.high,
+        **summarise_metrics((ANSWER_NLL,), records),
         "density": _mean(record["density"] for record in records),
         "coverage": _mean(record.get("coverage") for record in records),
         **coverage_facts(records),

@@ -130,6 +130,8 @@ class NeedleSample:
         answer_prefix: beginning of the answer, written for the model.
         answers: expected words; their order counts except for ``multi_value``.
         max_new_tokens: tokens to generate at most.
+        answer_text: what follows the prefix in a right answer.
+        is_chat: whether the tokenizer's chat template is written around the prompt, if it has one.
     """
 
     task: str
@@ -141,6 +143,8 @@ class NeedleSample:
     answer_prefix: str
     answers: tuple[str, ...]
     max_new_tokens: int
+    answer_text: str
+    is_chat: bool = True
 
 
 @dataclass(frozen=True)
@@ -244,6 +248,16 @@ def make_haystack(count: int, rng: random.Random, *, without: tuple[str, ...] = 
     return [pick(_TEMPLATES)(pick, names) for _ in range(count)]
 
 
+def _natural_haystack(
+    text: Sequence[str], count: int, rng: random.Random, *, without: tuple[str, ...]
+) -> list[str]:
+    """At most ``count`` sentences from a drawn place on, round the end to the beginning."""
+    start = int(rng.random() * len(text))
+    turned = [*text[start:], *text[:start]]
+    names = re.compile(rf"\b({'|'.join(without)})\b", re.IGNORECASE)
+    return [sentence for sentence in turned if not names.search(sentence)][:count]
+
+
 def compose_prompt(context: list[str], question: str) -> str:
     """Join introduction, context sentences and question into one user message."""
     return f"{INTRODUCTION}\n\n{' '.join(context)}\n\nQuestion: {question}"
@@ -254,7 +268,18 @@ def encode(sample: NeedleSample, tokenizer: PreTrainedTokenizerBase) -> list[int
 
     The template writes its own special tokens, so none are added twice.
     """
-    return _encode(sample.prompt, sample.answer_prefix, tokenizer)
+    return _encode(sample.prompt, sample.answer_prefix, tokenizer, is_chat=sample.is_chat)
+
+
+def encode_answer(sample: NeedleSample, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids of a right answer, which follow those of :func:`encode`."""
+    return _plain_ids(sample.answer_text, tokenizer)
+
+
+def split_sentences(text: str) -> list[str]:
+    """Sentences of running text that can stand in a haystack: of 5 to 80 words."""
+    found = re.split(r"(?<=[.!?])\s+", " ".join(text.split()))
+    return [sentence for sentence in found if 5 <= len(sentence.split()) <= 80]
 
 
 def make_sample(
@@ -265,6 +290,8 @@ def make_sample(
     index: int,
     seed: int,
     tokenizer: PreTrainedTokenizerBase,
+    haystack: Sequence[str] | None = None,
+    is_chat: bool = True,
 ) -> NeedleSample:
     """Make one sample, the same in every process for equal arguments.
 
@@ -277,10 +304,13 @@ def make_sample(
         index: number of the sample, for several samples of equal task, length and depth.
         seed: seed of the whole set.
         tokenizer: tokenizer of the model under test.
+        haystack: sentences of a natural text, taken in their order from a drawn place on, less
+            those that mention a name of the question; default: generated ones.
+        is_chat: write the tokenizer's chat template around the prompt, if it has one.
 
     Raises:
-        ValueError: unknown task, depth outside [0, 1], or a length that the needles and the
-            question alone exceed.
+        ValueError: unknown task, depth outside [0, 1], a length that the needles and the question
+            alone exceed, or a haystack that is too short to fill it.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
@@ -297,7 +327,7 @@ def make_sample(
 
     def encoded_length(sentences: list[str]) -> int:
         prompt = compose_prompt(_hide(asked.needles, places, sentences), asked.question)
-        return len(_encode(prompt, asked.answer_prefix, tokenizer))
+        return len(_encode(prompt, asked.answer_prefix, tokenizer, is_chat=is_chat))
 
     fixed = encoded_length([])
     if fixed > budget:
@@ -306,8 +336,17 @@ def make_sample(
             f"take {fixed + max_new_tokens} tokens"
         )
     # No sentence is shorter than eight tokens in any tokenizer that splits at words.
-    sentences = make_haystack((budget - fixed) // 8 + 1, rng, without=asked.names)
+    wanted = (budget - fixed) // 8 + 1
+    if haystack is None:
+        sentences = make_haystack(wanted, rng, without=asked.names)
+    else:
+        sentences = _natural_haystack(haystack, wanted, rng, without=asked.names)
     count = _count_that_fits(sentences, budget, fixed, encoded_length, tokenizer)
+    if haystack is not None and count == len(sentences) < wanted:
+        raise ValueError(
+            f"the haystack's {len(sentences)} sentences do not fill {length} tokens; give a longer "
+            "text, or shorter lengths"
+        )
     context = _hide(asked.needles, places, sentences[:count])
     return NeedleSample(
         task=task,
@@ -319,6 +358,8 @@ def make_sample(
         answer_prefix=asked.answer_prefix,
         answers=asked.answers,
         max_new_tokens=max_new_tokens,
+        answer_text=asked.answer_text,
+        is_chat=is_chat,
     )
 
 
@@ -380,9 +421,11 @@ def _count_that_fits(
     return fits
 
 
-def _encode(prompt: str, answer_prefix: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _encode(
+    prompt: str, answer_prefix: str, tokenizer: PreTrainedTokenizerBase, *, is_chat: bool
+) -> list[int]:
     """Encode a prompt and the beginning of its answer."""
-    if tokenizer.chat_template is None:
+    if tokenizer.chat_template is None or not is_chat:
         return list(tokenizer(f"{prompt}\n{answer_prefix}")["input_ids"])
     messages = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

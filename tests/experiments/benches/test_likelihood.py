@@ -10,7 +10,7 @@ import torch
 from experiments.benches import likelihood
 from experiments.benches.likelihood import LikelihoodBench, bands, check_head, hidden_states
 from experiments.benches.likelihood_math import compare_to_dense, keep_dense
-from experiments.benches.likelihood_texts import held_out_windows, tokens_of, windows_of
+from experiments.benches.texts import held_out_windows, tokens_of, windows_of
 from experiments.cached_models import cache_folder
 from experiments.models.load import load_model, stretch_positions
 from experiments.report.table import make_rows

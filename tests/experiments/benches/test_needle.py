@@ -7,9 +7,18 @@ import pytest
 import torch
 
 from experiments.benches.base import Context
-from experiments.benches.needle import NeedleBench, answer, decode, encode_sample, measure, prefill
-from experiments.benches.needle_tasks import TASKS, make_sample
+from experiments.benches.needle import (
+    NeedleBench,
+    answer,
+    answer_nll,
+    decode,
+    encode_sample,
+    measure,
+    prefill,
+)
+from experiments.benches.needle_tasks import TASKS, encode, encode_answer, make_sample
 from experiments.models.load import load_model
+from experiments.report.table import make_rows
 from experiments.settings.config import ModelConfig, RunConfig
 from pbs import build_method
 from pbs.patch.huggingface import apply_patch_with_prefill
@@ -80,8 +89,8 @@ def test_wrong_settings_are_explained(settings, message):
 def test_prefill_and_decode_give_what_generate_gives(tiny, task):
     sample = sample_of(tiny, task)
     inputs = encode_sample(tiny, sample)
-    first, cache = prefill(tiny, inputs)
-    tokens = decode(tiny, first, cache, num_tokens=sample.max_new_tokens)
+    logits, cache = prefill(tiny, inputs)
+    tokens = decode(tiny, int(logits.argmax()), cache, num_tokens=sample.max_new_tokens)
     expected = tiny.model.generate(
         inputs,
         attention_mask=torch.ones_like(inputs),
@@ -196,3 +205,74 @@ def test_held_out_prompts_see_all_pairs_of_task_and_depth(tiny):
     prompts = NeedleBench().held_out(tiny, lengths=[300], num_prompts=25, seed=0)
     pairs = {tuple(name.rsplit("-", 3)[:2]) for name, _ in prompts}
     assert len(pairs) == len(prompts) == 25
+
+
+def test_the_answers_nll_is_that_of_the_whole_text(tiny):
+    sample = sample_of(tiny, "copy")
+    inputs = encode_sample(tiny, sample)
+    answer = encode_answer(sample, tiny.tokenizer)
+    logits, cache = prefill(tiny, inputs)
+    decode(tiny, int(logits.argmax()), cache, num_tokens=3)  # is cut off the cache again
+    found = answer_nll(tiny, answer, logits, cache, inputs.shape[1])
+    whole = torch.cat([inputs, torch.tensor([answer])], dim=1)
+    with torch.inference_mode():
+        rows = tiny.model(whole).logits[0, inputs.shape[1] - 1 : -1]
+    expected = torch.nn.functional.cross_entropy(rows, torch.tensor(answer))
+    assert found == pytest.approx(float(expected), abs=1e-4)
+    assert answer_nll(tiny, answer, logits, object(), inputs.shape[1]) is None
+    assert answer_nll(tiny, answer[:1], logits, object(), inputs.shape[1]) > 0
+
+
+def test_the_answers_nll_is_compared_with_dense_sample_by_sample(run):
+    words = ("bench=needle", "bench.tasks=[single]", "bench.lengths=[512]")
+    run("method=flash", *words)
+    small = ("method.block_size=32", "method.segment_size=64", "method.threshold=0.3")
+    store = run("method=pbs", *small, *words)
+    row = make_rows([store.folder])[-1]
+    assert row["answer_nll_difference"] > 0
+    assert row["answer_nll"] == pytest.approx(store.metrics()["results"]["total"]["answer_nll"])
+
+
+HARBOUR = Path(__file__).parents[2] / "data" / "harbour.txt"
+
+
+def test_a_natural_haystack_is_the_texts_own_sentences(tiny, run):
+    bench = NeedleBench(haystack=str(HARBOUR))
+    sentences = bench.sentences()
+    settings = {"depth": 0.5, "seed": 0, "tokenizer": tiny.tokenizer, "haystack": sentences}
+    sample = make_sample("single", length=512, index=0, **settings)
+    needle = sample.answers[0]
+    context = sample.prompt.split("\n\n")[1]
+    kept = [sentence for sentence in sentences if sentence in context]
+    assert len(kept) > 10
+    assert needle in context
+    assert make_sample("single", length=512, index=1, **settings).prompt != sample.prompt
+    with pytest.raises(ValueError, match="sentences do not fill 4096 tokens"):
+        make_sample("single", length=4096, index=0, **settings)
+    words = ("bench.lengths=[512]", "bench.tasks=[single]", f"bench.haystack={HARBOUR}")
+    metrics = run("method=flash", "bench=needle", *words).metrics()
+    assert metrics["status"] == "finished"
+    metrics = run("method=flash", "bench=needle", *words[:2], "bench.haystack=nothing").metrics()
+    assert "text nothing: no such file" in metrics["error"]["message"]
+
+
+def test_without_the_chat_template_the_prompt_stands_alone():
+    class Chatty:
+        chat_template = "{{ messages }}"
+        asked = 0
+
+        def __call__(self, texts, **_):
+            if isinstance(texts, str):
+                return {"input_ids": texts.split()}
+            return {"input_ids": [text.split() for text in texts]}
+
+        def apply_chat_template(self, messages, **_):
+            self.asked += 1
+            return f"<user> {messages[0]['content']} <assistant> "
+
+    tokenizer = Chatty()
+    settings = {"length": 200, "depth": 0.5, "index": 0, "seed": 0, "tokenizer": tokenizer}
+    assert encode(make_sample("single", **settings), tokenizer)[0] == "<user>"
+    tokenizer.asked = 0
+    assert encode(make_sample("single", is_chat=False, **settings), tokenizer)[0] == "Read"
+    assert tokenizer.asked == 0

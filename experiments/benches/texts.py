@@ -41,6 +41,27 @@ def named_text(name: str) -> Path:
     return path if path.is_file() or path.suffix else cache_folder() / "texts" / f"{name}.txt"
 
 
+def read_text(name: str) -> str:
+    """The content of a text, see :func:`named_text`.
+
+    Raises:
+        ConfigError: no such text, empty, or not UTF-8.
+    """
+    path = named_text(name)
+    if not path.is_file():
+        raise ConfigError(
+            f"text {name}: no such file; give a file with running text, or fetch a book: "
+            "python -m experiments.tools.texts fetch"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"text {name}: expected UTF-8 ({error})") from error
+    if not text.strip():
+        raise ConfigError(f"text {name} is empty")
+    return text
+
+
 def windows_of(
     name: str, tokenizer: Any, *, length: int, count: int, offset: int = 0
 ) -> list[Window]:
@@ -119,12 +140,7 @@ def tokens_of(path: Path, tokenizer: Any) -> tuple[Tensor, Tensor]:
 def _tokens(path: Path, changed: int, size: int, tokenizer: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001 - names the content
     import torch
 
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"bench.texts={path}: expected UTF-8 text ({error})") from error
-    if not text.strip():
-        raise ConfigError(f"bench.texts={path} is empty")
+    text = read_text(str(path))
     begins = tokenizer("a")["input_ids"][:1]
     first = begins if begins == [tokenizer.bos_token_id] else []
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
