@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from experiments.benches.texts import named_text
 from experiments.settings.config import ConfigError
 
 NEEDLE, GENERATED = "needle", "generated"
@@ -12,8 +13,10 @@ NEEDLE, GENERATED = "needle", "generated"
 
 def text_files(setting: str, text: str | None) -> dict[str, Path]:
     """The file that a setting names, by the setting; empty for prompts that are generated."""
-    is_file = text not in (None, NEEDLE, GENERATED) and Path(text).is_file()
-    return {setting: Path(text)} if is_file else {}
+    if text in (None, NEEDLE, GENERATED):
+        return {}
+    path = named_text(text)
+    return {setting: path} if path.is_file() else {}
 
 
 def read_texts(path: Path, count: int, *, setting: str = "bench.texts") -> list[str]:

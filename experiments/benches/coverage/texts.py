@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from experiments.benches.text_files import GENERATED, NEEDLE, read_texts
+from experiments.benches.texts import named_text
 from experiments.settings.config import ConfigError
 
 if TYPE_CHECKING:
@@ -36,10 +37,11 @@ def check_text(text: str) -> None:
     Raises:
         ConfigError: it is neither a known name nor a file.
     """
-    if text not in (NEEDLE, GENERATED) and not Path(text).is_file():
+    if text not in (NEEDLE, GENERATED) and not named_text(text).is_file():
         raise ConfigError(
             f"bench.text={text}: no such file; expected {NEEDLE}, {GENERATED}, or a file with "
-            'plain text or with JSON (lines) that have a text under "context" each'
+            'plain text or with JSON (lines) that have a text under "context" each, or the name of '
+            "a fetched book (python -m experiments.tools.texts list)"
         )
 
 
@@ -64,7 +66,7 @@ def make_prompts(
     prompts = []
     for length in lengths:
         if make is None:
-            prompts += _from_file(Path(text), model, length, num_prompts)
+            prompts += _from_file(named_text(text), model, length, num_prompts)
         else:
             prompts += make(model, length, num_prompts, seed)
     return [prompt._replace(ids=prompt.ids.to(model.device)) for prompt in prompts]
