@@ -8,6 +8,7 @@ ELSEWHERE = {
     "coverage": "experiments.benches.coverage.bench:CoverageBench",
     "longbench": "experiments.benches.opencompass.longbench:LongBench",
     "longbench_v2": "experiments.benches.opencompass.longbench_v2:LongBenchV2",
+    "opencompass": "experiments.benches.opencompass.by_name:OpenCompassDatasets",
     "ruler": "experiments.benches.opencompass.ruler:Ruler",
 }
 

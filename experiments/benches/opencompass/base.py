@@ -75,14 +75,18 @@ class OpenCompassBench(Bench):
             raise ValueError(
                 f"bench.tasks must name at least one task, each once, got {self.tasks}"
             )
+        self.check_sizes()
+        if self.max_out_len is None and not self.states_out_len:
+            raise ValueError(f"bench.max_out_len needs a number: OpenCompass has none for {name}")
+
+    def check_sizes(self) -> None:
+        """Check what says how much of each part runs."""
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise ValueError(f"bench.fraction must lie in (0, 1], got {self.fraction}")
         for key in ("max_seq_len", "max_out_len"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"bench.{key} must be positive, got {value}")
-        if self.max_out_len is None and not self.states_out_len:
-            raise ValueError(f"bench.max_out_len needs a number: OpenCompass has none for {name}")
 
     @property
     def is_partial(self) -> bool:

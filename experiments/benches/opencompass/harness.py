@@ -25,8 +25,8 @@ from opencompass.tasks import OpenICLEvalTask, OpenICLInferTask
 from opencompass.utils import build_dataset_from_cfg, get_infer_output_path, get_logger
 
 STOCK = Path(opencompass.__file__).parent / "configs" / "datasets"
-# What a task's overall metric may be called.
-METRICS = ("score", "accuracy")
+# What a task's overall metric may be called, the first that is there counts.
+METRICS = ("score", "accuracy", "exact_match", "rougeL", "rouge1", "f1")
 
 
 def read_stock(path: str, key: str) -> list[ConfigDict]:
