@@ -341,7 +341,9 @@ def show(group: Path, rows: Sequence[Row]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    is_narrow = console.width < 130
+    columns = format_columns(rows)
+    longest = [max(len(cell) for cell in cells) for cells in columns.values()]
+    is_narrow = console.width < 130 or sum(longest) + 2 * len(longest) > console.width
     table = Table(
         title=title_of(group, rows),
         title_justify="left",
@@ -349,13 +351,12 @@ def show(group: Path, rows: Sequence[Row]) -> None:
         show_edge=False,
         padding=(0, 1, 0, 0),
     )
-    columns = format_columns(rows)
     # One column more, and longer names: the headings make room.
     is_wide = "target: held-out, %" in columns or len(columns) > 10
     for index, name in enumerate(columns):
         heading = name.replace(" ", "\n") if is_narrow or is_wide else name
         if index == 0:
-            table.add_column(heading, overflow="fold")
+            table.add_column(heading, overflow="fold", min_width=min(16, longest[0]))
         else:
             table.add_column(heading, justify="right", no_wrap=True)
     for cells in zip(*columns.values(), strict=True):
