@@ -246,6 +246,25 @@ def test_probe_keeps_no_tensor_of_the_call():
     assert kept.numel() == 2
 
 
+def test_a_probe_tells_rows_apart():
+    q, k, _ = make_qkv(1, 2, 2, 256, 32, structure="mixed")
+    plan = build_method("meanpool", block_size=32, threshold=0.5).plan(q, k)
+    whole, sampled = CoverageProbe(), CoverageProbe(num_rows=64)
+    for probe in (whole, sampled):
+        probe(CallRecord(0, q, k, SCALE, plan))
+    expected = brute_force(q, k, plan)
+    torch.testing.assert_close(whole.rows().double(), expected.flatten(), rtol=0, atol=1e-6)
+    last = whole.rows(192, 256).double()
+    torch.testing.assert_close(last, expected[..., 192:].flatten(), rtol=0, atol=1e-6)
+    rows = torch.tensor(sample_rows(256, 64))
+    torch.testing.assert_close(
+        sampled.rows().double(), expected[..., rows].flatten(), rtol=0, atol=1e-6
+    )
+    whole.reset()
+    with pytest.raises(ValueError, match="no coverage was measured of rows 0"):
+        whole.rows()
+
+
 def test_probe_refuses_no_rows():
     with pytest.raises(ValueError, match="num_rows must be at least 1"):
         CoverageProbe(num_rows=0)
