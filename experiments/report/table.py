@@ -342,7 +342,7 @@ def show(group: Path, rows: Sequence[Row]) -> None:
     if not console.is_terminal:
         console = Console(width=160)
     columns = format_columns(rows)
-    longest = [max(len(cell) for cell in cells) for cells in columns.values()]
+    longest = [max(map(len, (name, *cells))) for name, cells in columns.items()]
     is_narrow = console.width < 130 or sum(longest) + 2 * len(longest) > console.width
     table = Table(
         title=title_of(group, rows),

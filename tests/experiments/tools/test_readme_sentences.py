@@ -49,5 +49,16 @@ def test_the_answers_are_those_of_the_runs_beside_them(answers):
     assert not runs["is_dirty"].any()
 
 
-def test_the_readme_says_that_no_real_model_was_scored():
-    assert "No real model has been scored here" in sentences()
+def test_the_readme_says_what_no_model_here_has_shown():
+    assert "models of 8B parameters and prompts of 128K; no weights of that size" in sentences()
+
+
+def test_the_readmes_heads_are_those_of_the_committed_table_6():
+    table = RESULTS / "smollm2_2026-11-26" / "coverage" / "smollm2" / "table6.md"
+    shares = re.search(r"\| smollm2 \| ([\d.]+)% \| ([\d.]+)% \| ([\d.]+)% \|", table.read_text())
+    helped, unchanged, harmed = shares.groups()
+    said = (
+        f"lowers the density that {helped} % of the 270 heads need, leaves {unchanged} % as they "
+    )
+    assert said in sentences()
+    assert f"and raises {harmed} %" in sentences()
