@@ -148,7 +148,8 @@ def _overview(results: Results) -> Iterator[Block]:
 def _answers(group: Group) -> Iterator[Block]:
     yield Table(tables.score_table(group), caption=_measured_on(group))
     yield from _based_on(group.rows)
-    yield from _drawn(figures.draw_pareto, group, "accuracy against density and prefill time")
+    name = tables.main_metric(group).name
+    yield from _drawn(figures.draw_pareto, group, f"{name} against density and prefill time")
     yield from _drawn(figures.draw_differences, group, "paired differences to dense attention")
     if any(row.get("coverage") is not None for row in group.rows):
         yield from _drawn(figures.draw_coverage, group, "coverage against density")

@@ -82,6 +82,9 @@ def paired_table(group: Group) -> pd.DataFrame | str:
 
 def missing_dense(group: Group) -> str:
     """A sentence: why there is nothing to pair, and the command that changes it."""
+    metric = main_metric(group)
+    if not metric.is_paired:
+        return f"There is nothing to pair: {metric.name} is no score to compare with dense's."
     if group.dense is not None:
         return "Only dense attention has run here: run a sparse method on the same bench and model."
     commands = {row["dense_command"] for row in group.rows if row.get("dense_command")}
