@@ -13,6 +13,7 @@ ORDERS = Registry(
         "avg_query": "pbs.orders.avg_query:AverageQueryOrder",
         "greedy": "pbs.orders.greedy:GreedyOrder",
         "random": "pbs.orders.random:RandomOrder",
+        "spread": "pbs.orders.spread:SpreadOrder",
     },
 )
 

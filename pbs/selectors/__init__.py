@@ -10,6 +10,7 @@ SELECTORS = Registry(
         "maxpool": "pbs.selectors.maxpool:MaxPoolSelector",
         "antidiagonal": "pbs.selectors.antidiagonal:AntidiagonalSelector",
         "low_band": "pbs.selectors.bands:LowBandSelector",
+        "sampled": "pbs.selectors.sampled:SampledSelector",
         "oracle": "pbs.selectors.oracle:OracleSelector",
     },
 )
