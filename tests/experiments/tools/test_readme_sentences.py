@@ -62,3 +62,9 @@ def test_the_readmes_heads_are_those_of_the_committed_table_6():
     )
     assert said in sentences()
     assert f"and raises {harmed} %" in sentences()
+
+
+def test_the_readmes_ruler_scores_are_the_committed_ones():
+    runs = load(RESULTS / "smollm2_2026-11-26")
+    scores = runs[runs["bench"] == "ruler"].groupby("method")["score"].mean()
+    assert f"scores {scores['flash']:.1f} dense and {scores['pbs']:.1f} with PBS" in sentences()
