@@ -165,7 +165,12 @@ def method_cost(
         copy = shape.key_bytes(num_tokens, heads=order_heads)
         stages["order"] = Work(
             # Two passes over the keys: normalisers, then means per key. A group shares reads.
-            flops=2 * 2.0 * block_size * num_tokens * shape.head_dim * order_heads,
+            flops=2
+            * 2.0
+            * (facts.order_rows or block_size)
+            * num_tokens
+            * shape.head_dim
+            * order_heads,
             num_bytes=2 * shape.key_bytes(num_tokens)
             + order_heads * num_tokens * (2 * FP32 + INT64),
             num_launches=6,
@@ -241,6 +246,13 @@ def _antidiagonal(sizes: _Sizes) -> Work:
     return Work(flops, sizes.read_all(), 8)
 
 
+def _sampled(sizes: _Sizes) -> Work:
+    """Every 16th query against the keys it sees, and means of 16 queries against those of keys."""
+    shape = sizes.shape
+    flops = shape.q_heads * shape.head_dim * sizes.num_tokens**2 / 16
+    return Work(flops + flops / 16, sizes.read_all(), 10)
+
+
 def _last_queries(sizes: _Sizes) -> Work:
     """The last 64 queries against all keys: logits written in fp32 and read twice."""
     shape = sizes.shape
@@ -272,6 +284,7 @@ _SELECTION: dict[str, Callable[[_Sizes], Work]] = {
     "none": _no_selection,
     "pooled": _pooled,
     "antidiagonal": _antidiagonal,
+    "sampled": _sampled,
     "last_queries": _last_queries,
     "flexprefill": _flexprefill,
     "prism": _prism,

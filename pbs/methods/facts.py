@@ -16,8 +16,9 @@ class Facts:
             the others of Paul Tol's "muted" scheme).
         marker: in pictures, one of matplotlib's; they differ as well, for prints in grey.
         selection: which count of :mod:`experiments.timing.cost_model` its selection has: "none",
-            "pooled", "antidiagonal", "last_queries", "flexprefill" or "prism".
+            "pooled", "antidiagonal", "sampled", "last_queries", "flexprefill" or "prism".
         moves_keys: whether it orders and gathers keys.
+        order_rows: how many queries its order asks; None: a block of them.
         is_row_local: whether a row of queries computes the same without the rows before it, so that
             a prompt in chunks gives what the whole gives, as far as the chunk's last row decides.
         row_local_with: parameters that this needs.
@@ -29,6 +30,7 @@ class Facts:
     marker: str
     selection: str
     moves_keys: bool = False
+    order_rows: int | None = None
     is_row_local: bool = True
     row_local_with: Mapping[str, object] = field(default_factory=dict)
     curve: tuple[Mapping[str, object], ...] = ()

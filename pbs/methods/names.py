@@ -12,6 +12,7 @@ METHODS = Registry(
         "flash": "baselines.flash:FlashAttention",
         "pbs": "pbs.methods.pbs:PBS",
         "pbs_plus": "pbs.methods.pbs_plus:PBSPlus",
+        "pbs_calibrated": "pbs.methods.pbs_calibrated:PBSCalibrated",
         "meanpool": "baselines.meanpool:MeanPooling",
         "minference": "baselines.minference:MInference",
         "xattention": "baselines.xattention:XAttention",

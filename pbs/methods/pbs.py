@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from pbs.checks import (
     check_block_size,
     check_choice,
+    check_integer,
     check_segment_size,
     check_threshold,
 )
@@ -18,10 +19,10 @@ from pbs.methods.base import AttentionMethod, Call, Knob
 from pbs.methods.facts import Facts, at
 from pbs.ops.grid import BlockGrid, candidate_tiles
 from pbs.ops.permutation import gather_keys
-from pbs.ops.plan import AttentionPlan
+from pbs.ops.plan import AttentionPlan, OwnTiles, own_tiles
 from pbs.ops.stages import stage
 from pbs.orders import build_order
-from pbs.orders.base import Arrangement
+from pbs.orders.base import Arrangement, sink_first
 from pbs.orders.queries import gather_queries, order_queries
 from pbs.selectors import SELECTORS, build_selector
 from pbs.selectors.own import OwnKeys
@@ -56,6 +57,10 @@ class PBS(AttentionMethod):
             so that density can exceed 1 when everything is selected.
         gqa: "per_query_head" (the paper's default) or "shared": one order per key/value head, from
             the queries averaged over the group, a Hkv/Hq-th of the memory.
+        local_blocks: None (the paper): a query computes its own segment whole. A count: so many
+            blocks before its own, as far as they lie in its segment; the others there are chosen
+            like those of earlier segments, in natural order, so that long segments cost no more
+            than short ones. Token 0 then stands first in every order. Needs target "keys".
         force_select_first_block: always compute the block that holds token 0, the attention sink.
         pad_mean: for pooling selectors: mean of a partial last query block over its "real" tokens,
             or zero-padded as in the original code ("reference").
@@ -82,6 +87,7 @@ class PBS(AttentionMethod):
     selector: str = "meanpool"
     target: str = "keys"
     gqa: str = "per_query_head"
+    local_blocks: int | None = None
     force_select_first_block: bool = True
     pad_mean: str = "real"
     order_params: dict[str, Any] = field(default_factory=dict)
@@ -95,6 +101,13 @@ class PBS(AttentionMethod):
         check_choice(self.gqa, ("per_query_head", "shared"), name="gqa")
         check_choice(self.target, TARGETS, name="target")
         check_choice(self.pad_mean, ("real", "reference"), name="pad_mean")
+        if self.local_blocks is not None:
+            check_integer(self.local_blocks, name="local_blocks", smallest=0)
+            if self.target != "keys":
+                raise ValueError(
+                    f"local_blocks={self.local_blocks} needs target='keys', got {self.target!r}: "
+                    "where queries move, a tile's own segment has no natural order to choose from"
+                )
         self._order = build_order(self.order, self.order_params)
         self._selector = build_selector(self.selector, self._selector_settings())
 
@@ -124,12 +137,19 @@ class PBS(AttentionMethod):
             order = self._order_keys(q, k, scale)
             if order is not None and self._order.is_adaptive:
                 order = self._adapt(q, k, order, scale, grid, candidates, query_order)
+            if order is not None and self.local_blocks is not None:
+                order = sink_first(order, self.segment_size)
         if order is not None:
             with stage("gather"):
                 ordered, k_means = self._selector.gather(k, order, tile=self.block_size)
         keys = k if ordered is None else ordered
         if self.target == "keys_then_queries":
             q, query_order = self._move_queries(q, keys, candidates)
+        own, limits = self._own_keys(k, grid, query_order), num_candidates
+        if self.local_blocks is not None:
+            own = replace(OwnKeys.of(k, grid, segment_size=0), num_moved=num_candidates)
+            candidates, num_candidates = candidate_tiles(grid, q.device)
+            limits = self._own_tiles(grid, q.device).limits
         with stage("selection"):
             blocks, num_blocks = self._selector.select(
                 q,
@@ -138,10 +158,10 @@ class PBS(AttentionMethod):
                 grid=grid,
                 candidates=candidates,
                 num_candidates=num_candidates,
-                limits=num_candidates,
+                limits=limits,
                 threshold=self.threshold,
                 forced=self._first_block(order, q) if self.force_select_first_block else None,
-                own=self._own_keys(k, grid, query_order),
+                own=own,
                 k_means=k_means,
             )
         return AttentionPlan.from_lists(
@@ -152,6 +172,7 @@ class PBS(AttentionMethod):
             order=order,
             ordered_keys=ordered,
             query_order=query_order,
+            local_tiles=self.local_blocks,
         )
 
     @property
@@ -210,6 +231,13 @@ class PBS(AttentionMethod):
             segment_size=self.segment_size,
             query_segment=self._query_segment,
             query_order=query_order,
+        )
+
+    def _own_tiles(self, grid: BlockGrid, device: torch.device) -> OwnTiles:
+        """What a query may choose of its own segment, where it does not compute it whole."""
+        assert self.local_blocks is not None
+        return own_tiles(
+            grid, device, segment_size=self.segment_size, local_tiles=self.local_blocks
         )
 
     def _move_queries(self, q: Tensor, k: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:

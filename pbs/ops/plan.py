@@ -129,14 +129,25 @@ class AttentionPlan:
         order: Tensor | None = None,
         ordered_keys: Tensor | None = None,
         query_order: Tensor | None = None,
+        local_tiles: int | None = None,
     ) -> AttentionPlan:
-        """As :meth:`from_block_mask`, from lists ``[Z, Hq, Tq, F]`` and counts ``[Z, Hq, Tq]``."""
-        windows, num_windows = own_windows(
-            grid,
-            blocks.device,
-            segment_size=segment_size,
-            query_segment=0 if query_order is None else segment_size,
-        )
+        """As :meth:`from_block_mask`, from lists ``[Z, Hq, Tq, F]`` and counts ``[Z, Hq, Tq]``.
+
+        With ``local_tiles`` the own segment is not computed whole: listed tiles of it, in natural
+        order, and so many before the diagonal are (see :func:`own_tiles`).
+        """
+        if local_tiles is None:
+            windows, num_windows = own_windows(
+                grid,
+                blocks.device,
+                segment_size=segment_size,
+                query_segment=0 if query_order is None else segment_size,
+            )
+        else:
+            bounds = own_tiles(
+                grid, blocks.device, segment_size=segment_size, local_tiles=local_tiles
+            )
+            num_blocks, windows, num_windows = _split_own(blocks, num_blocks, grid, bounds)
         return cls(
             grid,
             blocks.shape[0],
@@ -407,6 +418,67 @@ def own_windows(
     tiles = first_tile[:, None] + torch.arange(width)
     starts = torch.where(tiles <= last_tile[:, None], tiles * grid.key_tile, 0)
     return starts.int()[None, None].to(device), counts[None, None].to(device)
+
+
+@dataclass(frozen=True)
+class OwnTiles:
+    """Which key tiles of its own segment a query tile may choose, and which it computes anyway.
+
+    All counts, int32 ``[Tq]``; tiles of the own segment are in natural order.
+
+    Attributes:
+        starts: tiles before the own segment; those that follow, up to ``limits``, may be chosen.
+        limits: tiles before the first that is computed in any case.
+        ends: one past the last tile that the query tile sees.
+        width: tiles of the widest own segment.
+    """
+
+    starts: Tensor
+    limits: Tensor
+    ends: Tensor
+    width: int
+
+
+@lru_cache(maxsize=16)
+def own_tiles(
+    grid: BlockGrid, device: torch.device, *, segment_size: int, local_tiles: int
+) -> OwnTiles:
+    """The tiles around the diagonal where the own segment is chosen from instead of computed whole.
+
+    Kept, as :func:`own_windows` are. Do not write into them.
+
+    Args:
+        grid: the tiles.
+        device: where the counts go.
+        segment_size: S, a multiple of the key tile.
+        local_tiles: how many tiles before the diagonal are computed in any case, as far as they
+            lie in the own segment.
+    """
+    first = grid.first_positions()
+    starts = first // segment_size * segment_size // grid.key_tile
+    limits = torch.maximum(starts, first // grid.key_tile - local_tiles)
+    ends = grid.last_positions() // grid.key_tile + 1
+    width = int((ends - starts).max())
+    starts, limits, ends = (count.int().to(device) for count in (starts, limits, ends))
+    return OwnTiles(starts, limits, ends, width)
+
+
+def _split_own(
+    blocks: Tensor, num_blocks: Tensor, grid: BlockGrid, own: OwnTiles
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lists of tiles, the own ones last, as a shorter count of them, windows and their count."""
+    slots = torch.arange(blocks.shape[-1], device=blocks.device)
+    is_own = (slots < num_blocks.unsqueeze(-1)) & (blocks >= own.starts[:, None])
+    num_own = is_own.sum(dim=-1, dtype=torch.int32)
+    num_past = num_blocks.int() - num_own
+    slots = torch.arange(own.width, dtype=torch.int32, device=blocks.device)
+    rest = own.limits[:, None] + slots - num_own.unsqueeze(-1)
+    if blocks.shape[-1]:
+        places = (num_past.unsqueeze(-1) + slots).clamp(max=blocks.shape[-1] - 1)
+        rest = torch.where(slots < num_own.unsqueeze(-1), blocks.gather(-1, places.long()), rest)
+    counts = num_own + own.ends - own.limits
+    windows = torch.where(slots < counts.unsqueeze(-1), rest.int() * grid.key_tile, 0)
+    return num_past, windows, counts
 
 
 @lru_cache(maxsize=2)

@@ -143,3 +143,17 @@ def check_seed(value: int) -> None:
         raise TypeError(f"seed must be an integer, got {value!r}")
     if value < 0:
         raise ValueError(f"seed must not be negative, got {value}")
+
+
+def sink_first(order: Tensor, segment_size: int) -> Tensor:
+    """The order with token 0 at the first place; those before it move up by one.
+
+    Args:
+        order: ``[Z, Ho, Nk]``, token 0 anywhere in the first segment.
+        segment_size: S.
+    """
+    first = order[..., :segment_size]
+    place = first.argmin(dim=-1, keepdim=True)
+    places = torch.arange(segment_size, device=order.device)
+    source = torch.where(places == 0, place, torch.where(places <= place, places - 1, places))
+    return torch.cat([first.gather(-1, source), order[..., segment_size:]], dim=-1)

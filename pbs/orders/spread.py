@@ -15,6 +15,9 @@ from pbs.checks import check_positive_int
 from pbs.ops.permutation.reference import sort_segments
 from pbs.orders.base import Order
 
+# Logits held at once: 2^23 fp32 values are 32 MB.
+MAX_LOGITS = 1 << 23
+
 
 @dataclass(kw_only=True)
 class SpreadOrder(Order):
@@ -60,16 +63,18 @@ class SpreadOrder(Order):
         # A query votes on the segments before its own: its own is computed in any case.
         starts = (rows + num_keys - num_queries) // segment_size * segment_size
         is_past = torch.arange(num_sorted, device=q.device) < starts[:, None]  # [R, N]
-        votes = is_past.sum(dim=0).clamp(min=1)
         groups = q.shape[1] // k.shape[1]
+        chunk = max(1, MAX_LOGITS // (q.shape[0] * groups * num_sorted))
         scores = []
         for head in range(k.shape[1]):
-            queries = q[:, head * groups : (head + 1) * groups, rows].float()  # [Z, G, R, D]
             keys = k[:, head, None, :num_sorted].float().transpose(-1, -2)
-            logits = (queries @ keys).mul_(scale).masked_fill_(~is_past, float("-inf"))
-            weights = logits.softmax(dim=-1).nan_to_num_()  # of queries without a past
-            # Products of small numbers: the largest is 1 first, as its order alone counts.
-            largest = weights.amax(dim=(-1, -2), keepdim=True).clamp(min=1e-30)
-            score = (weights / largest).pow(self.power).sum(dim=2) / votes
-            scores.append(score.mean(dim=1, keepdim=True) if shared else score)
+            score = q.new_full((), float("-inf"), dtype=torch.float32)
+            for part, past in zip(rows.split(chunk), is_past.split(chunk), strict=True):
+                queries = q[:, head * groups : (head + 1) * groups, part].float()  # [Z, G, r, D]
+                logits = (queries @ keys).mul_(scale).masked_fill_(~past, float("-inf"))
+                # Sums of powers as logarithms: powers of small probabilities would vanish.
+                logits = logits.log_softmax(dim=-1).mul_(self.power)
+                logits.masked_fill_(~past, float("-inf"))  # of queries without a past, too
+                score = torch.logaddexp(score, logits.logsumexp(dim=2))
+            scores.append(score.logsumexp(dim=1, keepdim=True) if shared else score)
         return sort_segments(torch.cat(scores, dim=1), num_keys=num_keys, segment_size=segment_size)

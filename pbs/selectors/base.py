@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from pbs.ops.block_selection import select_top_p_blocks
@@ -65,6 +66,45 @@ class Selector(ABC):
         )
         return probabilities, None
 
+    def arranged_scores(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        scale: float,
+        grid: BlockGrid,
+        candidates: Tensor,
+        own: OwnKeys | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """:meth:`block_scores` where some candidates are of keys in natural order.
+
+        Scored once in each order: natural order says how much the two kinds hold, the order of the
+        plan how the blocks of moved keys share theirs.
+
+        Args:
+            q: as for :meth:`block_scores`, like all up to ``candidates``.
+            k: as there.
+            scale: as there.
+            grid: as there.
+            candidates: as there.
+            own: as there; its ``num_moved`` says where natural order begins.
+
+        Returns:
+            As there.
+        """
+        if own is None or own.num_moved is None:
+            return self.block_scores(q, k, scale=scale, grid=grid, candidates=candidates, own=own)
+        tiles = torch.arange(grid.num_key_tiles, device=q.device)
+        is_moved = candidates & (tiles < own.num_moved[:, None])
+        natural, covered = self.block_scores(
+            q, own.keys, scale=scale, grid=grid, candidates=candidates, own=None
+        )
+        later = OwnKeys.after(is_moved, own.keys, grid)
+        moved, _ = self.block_scores(q, k, scale=scale, grid=grid, candidates=is_moved, own=later)
+        held = natural.masked_fill(~is_moved, 0.0).sum(dim=-1, keepdim=True)
+        moved = moved * (held / moved.sum(dim=-1, keepdim=True).clamp(min=1e-30))
+        return torch.where(is_moved, moved, natural), covered
+
     def gather(self, k: Tensor, order: Tensor, *, tile: int) -> tuple[Tensor, Tensor | None]:
         """The keys in an order, and the means of their blocks if the selector goes by them.
 
@@ -115,7 +155,7 @@ class Selector(ABC):
             As :func:`pbs.ops.block_selection.select_top_p_blocks`.
         """
         del k_means  # for selectors that pool by the mean
-        probabilities, covered = self.block_scores(
+        probabilities, covered = self.arranged_scores(
             q, k, scale=scale, grid=grid, candidates=candidates, own=own
         )
         return select_top_p_blocks(

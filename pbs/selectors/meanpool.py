@@ -61,7 +61,20 @@ class MeanPoolSelector(Selector):
         own: OwnKeys | None = None,
         k_means: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See the base class. The probabilities are never in memory."""
+        """See the base class. The probabilities are never in memory, unless two orders meet."""
+        if own is not None and own.num_moved is not None:
+            return super().select(
+                q,
+                k,
+                scale=scale,
+                grid=grid,
+                candidates=candidates,
+                num_candidates=num_candidates,
+                limits=limits,
+                threshold=threshold,
+                forced=forced,
+                own=own,
+            )
         if k_means is None:
             k_means = mean_pool(k, grid.key_tile, pad_mean=self.pad_mean)
         return select_pooled_blocks(

@@ -26,11 +26,14 @@ class OwnKeys:
             the key tile.
         query_order: original row of the query at each place, int64 ``[Z, Hq, Nq]``; None if no
             query moved.
+        num_moved: how many leading candidates of each row are blocks of keys in plan order, int
+            ``[Tq]``; those after them are blocks of ``keys``. None: all are in plan order.
     """
 
     keys: Tensor
     width: int
     query_order: Tensor | None = None
+    num_moved: Tensor | None = None
 
     @classmethod
     def of(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pbs.checks import check_block_size, check_positive_int
 from pbs.ops.grid import BlockGrid
@@ -65,22 +66,28 @@ class SampledSelector(Selector):
         candidates: Tensor,
         own: OwnKeys | None,
     ) -> tuple[Tensor, Tensor]:
-        """See the base class; own keys are credited."""
+        """See the base class; own keys are credited, and scored where they are candidates."""
         own = OwnKeys.after(candidates, k, grid) if own is None else own
+        limits = candidates.sum(dim=-1)
+        moved = (limits if own.num_moved is None else own.num_moved).tolist()
         positions = own.positions(grid)
         group = min(self.group, grid.key_tile)
-        pooled = mean_pool(k, group) if group and self.share else None
+        pooled = natural = None
+        if group and self.share:
+            pooled = natural = mean_pool(k, group)
+            if own.num_moved is not None:
+                natural = mean_pool(own.keys, group)
         scores = q.new_zeros(
             *q.shape[:2], grid.num_query_tiles, grid.num_key_tiles, dtype=torch.float32
         )
-        for tile, num_blocks in enumerate(candidates.sum(dim=-1).tolist()):
+        for tile, (num_blocks, num_moved) in enumerate(zip(limits.tolist(), moved, strict=True)):
             if not num_blocks:
                 continue
-            end = num_blocks * grid.key_tile
+            end, start = num_blocks * grid.key_tile, num_moved * grid.key_tile
             rows = self._rows(tile, q, grid)  # [H, r]
             index = rows[None, :, :, None].expand(q.shape[0], -1, -1, q.shape[3])
             queries = q.gather(2, index).float()
-            past = _grouped(queries, k[:, :, :end]) * scale  # [Z, H, r, n B]
+            past = _joined(queries, k, own.keys, start, end) * scale  # [Z, H, r, n B]
             seen = positions.expand(-1, q.shape[1], -1).gather(
                 2, rows[None].expand(positions.shape[0], -1, -1)
             )
@@ -90,9 +97,10 @@ class SampledSelector(Selector):
             weights = torch.cat([past, beside], dim=-1).softmax(dim=-1)[..., :end]
             mass = weights.unflatten(-1, (num_blocks, grid.key_tile)).sum(dim=-1)  # [Z, H, r, n]
             joined = _power_mean(mass, self.power)
-            if pooled is not None:
+            if pooled is not None and natural is not None:
                 total = joined.sum(dim=-1, keepdim=True)
-                smooth = self._pooled(q, pooled[:, :, : end // group], tile, scale, grid, group)
+                parts = (pooled, natural, start // group, end // group)
+                smooth = self._pooled(q, parts, tile, scale, grid, group)
                 joined = (1 - self.share) * joined + self.share * smooth * total
             scores[:, :, tile, :num_blocks] = joined
         return scores, (1 - scores.sum(dim=-1)).clamp(min=0.0)
@@ -107,13 +115,32 @@ class SampledSelector(Selector):
         rows = first + torch.arange(0, count, step, device=q.device)
         return (rows + offsets[:, None]).clamp(max=q.shape[2] - 1)
 
+    @override
+    def arranged_scores(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        scale: float,
+        grid: BlockGrid,
+        candidates: Tensor,
+        own: OwnKeys | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See the base class; :meth:`block_scores` takes both orders at once."""
+        return self.block_scores(q, k, scale=scale, grid=grid, candidates=candidates, own=own)
+
     @staticmethod
     def _pooled(
-        q: Tensor, keys: Tensor, tile: int, scale: float, grid: BlockGrid, group: int
+        q: Tensor,
+        keys: tuple[Tensor, Tensor, int, int],
+        tile: int,
+        scale: float,
+        grid: BlockGrid,
+        group: int,
     ) -> Tensor:
         """Probability of each candidate block by pooled queries and keys, ``[Z, H, n]``."""
         rows = q[:, :, tile * grid.query_tile : (tile + 1) * grid.query_tile]
-        logits = _grouped(mean_pool(rows, group), keys) * scale
+        logits = _joined(mean_pool(rows, group), *keys) * scale
         weights = logits.softmax(dim=-1).mean(dim=2)
         return weights.unflatten(-1, (-1, grid.key_tile // group)).sum(dim=-1)
 
@@ -122,6 +149,16 @@ def _grouped(queries: Tensor, keys: Tensor) -> Tensor:
     """Products, fp32 ``[Z, H, r, N]``, of ``[Z, H, r, D]`` and the ``[Z, Ho, N, D]`` of groups."""
     queries = queries.unflatten(1, (keys.shape[1], -1))
     return (queries @ keys.float().unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
+
+
+def _joined(queries: Tensor, moved: Tensor, natural: Tensor, start: int, end: int) -> Tensor:
+    """:func:`_grouped` of ``start`` moved keys, then of natural ones up to ``end``."""
+    if start >= end:
+        return _grouped(queries, moved[:, :, :end])
+    if not start:
+        return _grouped(queries, natural[:, :, :end])
+    first = _grouped(queries, moved[:, :, :start])
+    return torch.cat([first, _grouped(queries, natural[:, :, start:end])], dim=-1)
 
 
 def _power_mean(mass: Tensor, power: float) -> Tensor:

@@ -31,6 +31,25 @@ CASES = {
         {"block_size": 32, "segment_size": 64, "threshold": 0.6, "normaliser": "causal"},
         {"threshold": 1.0},
     ),
+    "pbs_calibrated": (
+        "pbs_calibrated",
+        {"block_size": 32, "segment_size": 128, "threshold": 0.8},
+        {"threshold": 1.0},
+    ),
+    **{
+        f"pbs-local-{selector}": (
+            "pbs",
+            {
+                "block_size": 16,
+                "segment_size": 64,
+                "threshold": 0.6,
+                "selector": selector,
+                "local_blocks": 1,
+            },
+            {"threshold": 1.0},
+        )
+        for selector in SELECTORS
+    },
     **{
         f"pbs-{selector}": (
             "pbs",

@@ -44,6 +44,7 @@ BOUNDS = [
     ("pbs", {"selector": "maxpool"}, 192),
     ("pbs", {"selector": "low_band"}, 192),
     ("pbs_plus", {}, 320),
+    ("pbs_calibrated", {}, 192),  # logits of the spread queries, and the keys in plan order
 ]
 LABELS = [
     " ".join([name, *(f"{k}={v}" for k, v in settings.items())]) for name, settings, _ in BOUNDS

@@ -150,6 +150,8 @@ def _pbs(draw, selectors):
         "force_select_first_block": draw(st.booleans()),
         "pad_mean": draw(st.sampled_from(["real", "reference"])),
     }
+    counts = [None, 0, 1, 2] if params["target"] == "keys" else [None]
+    params["local_blocks"] = draw(st.sampled_from(counts))
     if params["order"] == "adaptive":
         base = draw(st.sampled_from(sorted({*ORDERS.names} - {"adaptive", "none"})))
         params["order_params"] = {"base": base, "num_rows": draw(st.integers(1, 64))}
@@ -223,6 +225,7 @@ PARAMETERS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     ),
     "pbs": _pbs(SELECTORS.names),
     "pbs_plus": _pbs(None),
+    "pbs_calibrated": _pbs(SELECTORS.names),
     "xattention": st.fixed_dictionaries(
         {
             "block_size": BLOCK_SIZES,

@@ -6,6 +6,9 @@ from pbs import AttentionPlan
 from tests.ops.attention_truth import causal_mask
 from tests.properties.draws import Case, is_densest
 
+# What pbs.methods says of `local_blocks` where a case does not.
+LOCAL_BLOCKS = {"pbs": None, "pbs_plus": None, "pbs_calibrated": 1}
+
 
 def promised_pairs(case: Case, plan: AttentionPlan) -> tuple[torch.Tensor, bool]:
     """Pairs that must be computed, bool ``[Hq or 1, Nq, Nk]``, and whether no others may be.
@@ -27,9 +30,14 @@ def promised_pairs(case: Case, plan: AttentionPlan) -> tuple[torch.Tensor, bool]
         num_last_full = case.params.get("num_last_full", 0)
         promised |= rows >= grid.num_queries - num_last_full
         return (promised & causal)[None], not num_last_full
-    if case.name in ("pbs", "pbs_plus"):
+    if case.name in ("pbs", "pbs_plus", "pbs_calibrated"):
         segment = case.params["segment_size"]
         promised = keys // segment == positions // segment
+        local = case.params.get("local_blocks", LOCAL_BLOCKS[case.name])
+        if local is not None:
+            tile = case.params["block_size"]
+            first = rows // tile * tile + grid.offset
+            promised &= keys // tile >= first // tile - local
         if case.params["force_select_first_block"]:
             promised |= keys == 0
     else:

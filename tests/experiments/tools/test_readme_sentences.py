@@ -6,6 +6,7 @@ from itertools import permutations
 import pandas as pd
 import pytest
 
+from experiments.results import load
 from experiments.statistics import compare_paired
 from experiments.tools.readme import README, RESULTS
 
