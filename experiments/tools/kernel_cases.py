@@ -136,6 +136,15 @@ def _antidiagonal() -> dict[str, Case]:
         found[f"antidiagonal bf16 D={head_dim} s={stride}"] = partial(
             antidiagonal_block_sums, x, x, stride=stride, scale=1.0, grid=grid, backend="triton"
         )
+    from pbs.ops.tile_logsumexp import tile_logsumexp
+
+    bounds = torch.zeros(4, NUM_TOKENS, dtype=torch.int32)
+    for dtype, head_dim, tile in (("bf16", 128, 128), ("bf16", 64, 128), ("fp32", 128, 8)):
+        x = _tensor(head_dim, dtype)
+        found[f"tile log-sums {dtype} D={head_dim} T={tile}"] = partial(
+            tile_logsumexp, x, x, bounds, bounds, tile=tile, scale=1.0, backend="triton"
+        )
+    x, head_dim = _tensor(64, "bf16"), 64
     beside = torch.zeros(1, 4, grid.num_query_tiles * 128 // stride)
     found[f"antidiagonal bf16 D={head_dim} s={stride} credited"] = partial(
         antidiagonal_block_sums,

@@ -15,6 +15,7 @@ from pbs.ops.permutation import (
     sort_segments,
 )
 from pbs.ops.pooling import mean_pool
+from pbs.ops.tile_logsumexp import tile_logsumexp
 from pbs.testing import assert_within_budget, make_qkv
 from tests.methods.cases import CASES, build
 from tests.ops.attention_truth import causal_mask, eager_attention, exact_attention
@@ -155,6 +156,17 @@ def test_fused_order_gather_and_means_match_their_references(segment_size, head_
     assert torch.equal(gathered.cpu(), gather_keys(k, order))
     torch.testing.assert_close(means.cpu(), mean_pool(gather_keys(k, order), 128))
     torch.testing.assert_close(mean_pool(k.cuda(), 128).cpu(), mean_pool(k, 128))
+
+
+@pytest.mark.parametrize(("tile", "dtype"), [(128, torch.bfloat16), (8, torch.float32)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_log_sums_of_tiles_match_their_reference(tile, dtype, head_dim):
+    q, k, _ = make_qkv(2, 8, 2, 1000, head_dim, dtype=dtype, structure="mixed")
+    ends = torch.arange(1000).expand(8, -1) // 3 * 3
+    arguments = {"tile": tile, "scale": head_dim**-0.5}
+    expected = tile_logsumexp(q, k, ends * 0, ends, **arguments)
+    got = tile_logsumexp(q.cuda(), k.cuda(), ends.cuda() * 0, ends.cuda(), **arguments)
+    torch.testing.assert_close(got.cpu(), expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.9, 1.0])

@@ -41,10 +41,11 @@ def test_any_setting_keeps_what_a_row_holds_in_all():
 
 
 def test_a_block_that_one_row_needs_outranks_one_that_all_want_a_little():
-    mass = torch.tensor([[0.02, 0.1]] * 7 + [[0.6, 0.1]])[None, None]
+    mass = torch.tensor([[0.02, 0.1]] * 7 + [[0.6, 0.1], [9.0, 9.0]])[None, None, None]
+    is_row = torch.tensor([[True] * 8 + [False]])
     from pbs.selectors.sampled import _power_mean
 
-    mean, power = _power_mean(mass, 1.0)[0, 0], _power_mean(mass, 4.0)[0, 0]
+    mean, power = (_power_mean(mass, is_row, power)[0, 0, 0] for power in (1.0, 4.0))
     assert mean[0] < mean[1]
     assert power[0] > power[1]
     assert float(power.sum()) == pytest.approx(float(mean.sum()))

@@ -1,0 +1,41 @@
+"""Log-sums of tiles of keys: against fp64, in both backends."""
+
+import pytest
+import torch
+
+from pbs.ops.tile_logsumexp import tile_logsumexp
+from pbs.testing import make_qkv
+
+
+def truth(rows, keys, begins, ends, tile, scale):
+    keys = keys.repeat_interleave(rows.shape[1] // keys.shape[1], dim=1).double()
+    logits = rows.double() @ keys.transpose(-1, -2) * scale
+    places = torch.arange(keys.shape[2])
+    hidden = (places < begins[..., None]) | (places >= ends[..., None])
+    logits = logits.masked_fill(hidden, float("-inf"))
+    missing = -keys.shape[2] % tile
+    logits = torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
+    return logits.unflatten(-1, (-1, tile)).logsumexp(dim=-1)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(("tile", "head_dim"), [(32, 32), (8, 48), (128, 16)])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_every_tile_holds_the_logarithm_of_its_sum(backend, tile, head_dim, kv_heads):
+    q, k, _ = make_qkv(2, 4, kv_heads, 300, head_dim, structure="mixed")
+    generator = torch.Generator().manual_seed(0)
+    ends = torch.randint(0, 301, (4, 70), generator=generator)
+    begins = torch.randint(0, 5, (4, 70), generator=generator) * tile  # some see nothing
+    rows = q[:, :, 3:73]
+    expected = truth(rows, k, begins, ends, tile, 0.3)
+    got = tile_logsumexp(rows, k, begins, ends, tile=tile, scale=0.3, backend=backend)
+    assert got.dtype == torch.float32
+    assert torch.equal(got.isinf(), expected.isinf())
+    torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_bounds_of_another_shape_are_refused():
+    q, k, _ = make_qkv(1, 2, 1, 64, 16)
+    bounds = torch.zeros(2, 3, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"expected begins \[2, 64\], got \[2, 3\]"):
+        tile_logsumexp(q, k, bounds, bounds, tile=16, scale=1.0)
