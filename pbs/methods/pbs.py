@@ -40,7 +40,7 @@ class PBS(AttentionMethod):
     Args:
         block_size: tokens per tile side (B), a power of two of at least 16.
         segment_size: tokens that may be permuted among themselves (S), a multiple of B. Prompts of
-            at most S tokens run dense.
+            at most S tokens run dense, without ``local_blocks``.
         threshold: cumulative block probability to reach (τ), in (0, 1]; larger computes more, 1
             equals dense attention. Of the candidate blocks alone, so no coverage, unless the
             selector credits what is computed anyway (antidiagonal and oracle do, if asked to).
@@ -121,8 +121,8 @@ class PBS(AttentionMethod):
         """See the base class. Steps as in Algorithm 1: order, scores, selection, forced blocks."""
         q, k, scale = call.q, call.k, call.scale
         grid = call.grid(self.block_size)
-        if grid.num_keys <= self.segment_size:
-            reason = f"no more keys than segment_size={self.segment_size}"
+        reason = self._reason_nothing_is_left_out(grid.num_keys)
+        if reason:
             return call.dense(reason, tile=self.block_size)
         candidates, num_candidates = candidate_tiles(
             grid,
@@ -173,6 +173,16 @@ class PBS(AttentionMethod):
             ordered_keys=ordered,
             query_order=query_order,
             local_tiles=self.local_blocks,
+        )
+
+    def _reason_nothing_is_left_out(self, num_keys: int) -> str:
+        """Why a call with so few keys computes all of them; "" if it may not."""
+        if self.local_blocks is None:
+            few = num_keys <= self.segment_size
+            return f"no more keys than segment_size={self.segment_size}" if few else ""
+        few = num_keys <= (self.local_blocks + 1) * self.block_size
+        return (
+            f"no more keys than {self.local_blocks + 1} blocks of {self.block_size}" if few else ""
         )
 
     @property

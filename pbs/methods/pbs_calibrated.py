@@ -16,7 +16,7 @@ class PBSCalibrated(PBS):
     and its order asks the last queries alone. Here exact scores of every 16th query rank the
     blocks, joined by a power mean so that a block which few queries need is kept; the order is the
     power mean of the attention of queries all over the prompt; and of a query's own segment only
-    what scores is computed, so that segments can be long.
+    what scores is computed, so that segments can be long. docs/findings.md: what each is worth.
 
     Args:
         segment_size: as in :class:`PBS`.

@@ -13,9 +13,9 @@ from torch import Tensor
 from pbs.ops.primitives import LOG2_E, finite, load_rows, offset
 
 LN_2 = 1 / LOG2_E
-# Rows of a program; fewer leave the matrix units idle, more spill with large heads.
+# Rows of a program, and keys of a product at least (smaller tiles are computed several at a time);
+# halves of them for elements of 4 bytes, which spill otherwise.
 BLOCK_M = 64
-# Smaller tiles are computed several at a time: products need at least 16 columns.
 MIN_WIDTH = 64
 
 
@@ -77,10 +77,13 @@ def tile_logsumexp(
     batch, num_heads, num_rows, head_dim = rows.shape
     num_keys = keys.shape[2]
     num_tiles = triton.cdiv(num_keys, tile)
+    block_m, min_width = BLOCK_M, MIN_WIDTH
+    if rows.element_size() == 4:
+        block_m, min_width = BLOCK_M // 2, MIN_WIDTH // 2
     sums = rows.new_full(
         (batch, num_heads, num_rows, num_tiles), float("-inf"), dtype=torch.float32
     )
-    tile_logsumexp_kernel[(triton.cdiv(num_rows, BLOCK_M), batch * num_heads)](
+    tile_logsumexp_kernel[(triton.cdiv(num_rows, block_m), batch * num_heads)](
         rows,
         keys,
         begins.int().contiguous(),
@@ -97,8 +100,8 @@ def tile_logsumexp(
         GROUP=num_heads // keys.shape[1],
         HEAD_DIM=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_M=BLOCK_M,
+        BLOCK_M=block_m,
         TILE=tile,
-        WIDTH=max(tile, MIN_WIDTH),
+        WIDTH=max(tile, min_width),
     )
     return sums
