@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,10 @@ DEFAULT_SHAPE = "32/8/128"
 STRUCTURES = ("random", "vertical", "slash", "mixed", "model")
 
 
+# Larger factors leave one key to each query, and overflow in half precision.
+MAX_SHARPNESS = 1e4
+
+
 @dataclass(kw_only=True)
 class AttentionBench(TimedBench):
     """Op level: order, selection, gather, attention and total over lengths, shapes and densities.
@@ -38,7 +41,8 @@ class AttentionBench(TimedBench):
         shapes: heads as Hq/Hkv/D; default 32/8/128, those of Llama-3.1-8B, or the model's own for
             structure "model".
         structure: of the inputs: "random", "vertical", "slash", "mixed" or "model".
-        sharpness: factor of drawn queries: the larger, the fewer tiles methods select themselves.
+        sharpness: factor of drawn queries, at most 10,000: the larger, the fewer tiles methods
+            select themselves.
         densities_by_length: the list has one density per length instead.
         dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
         device: "auto" is a GPU if there is one.
@@ -66,8 +70,10 @@ class AttentionBench(TimedBench):
             raise ValueError(unknown("structure of bench attention:", self.structure, STRUCTURES))
         if self.shapes == []:
             raise ValueError("bench.shapes must name heads such as [32/8/128], or be null")
-        if not 0 < self.sharpness < math.inf:
-            raise ValueError(f"bench.sharpness must be a positive number, got {self.sharpness}")
+        if not 0 < self.sharpness <= MAX_SHARPNESS:
+            raise ValueError(
+                f"bench.sharpness must be positive, at most {MAX_SHARPNESS:g}, got {self.sharpness}"
+            )
         if self.densities == PUBLISHED:
             self.densities_by_length = True
         elif self.densities_by_length and len(self.densities or ()) != len(self.lengths):

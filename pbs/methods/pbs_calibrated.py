@@ -30,7 +30,7 @@ class PBSCalibrated(PBS):
 
     facts = Facts(
         "PBS calibrated",
-        "#661100",
+        "#994F00",
         ">",
         selection="sampled",
         moves_keys=True,

@@ -31,7 +31,7 @@ def test_every_variant_stands_as_its_points_say(variant, settings, values):
 
 def test_the_ten_windows_are_the_committed_runs():
     samples = {}
-    for path in (RESULTS / "smollm2_cpu_2026-11-27").rglob("samples.jsonl"):
+    for path in (RESULTS / "selection_2026-11-27" / "ten_windows").rglob("samples.jsonl"):
         samples[path.parts[-3]] = pd.read_json(path, lines=True, dtype={"sample_id": str})
     kl = {name: dict(zip(x.sample_id, x.kl, strict=True)) for name, x in samples.items()}
     gain = compare_paired_values(kl["pbs_calibrated"], kl["pbs"])
@@ -50,7 +50,7 @@ def test_the_ten_windows_are_the_committed_runs():
         ]
         assert len(x) == 10
         assert f"| `{name}` | {' | '.join(cells)} |" in TEXT
-    runs = load(RESULTS / "smollm2_cpu_2026-11-27")
+    runs = load(RESULTS / "selection_2026-11-27" / "ten_windows")
     assert set(runs.method) == {"pbs", "pbs_calibrated"}
     calibrated, published = samples["pbs_calibrated"], samples["pbs"]
     ours, theirs = ((x.kl.mean(), x.density.mean()) for x in (calibrated, published))
