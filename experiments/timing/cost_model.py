@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from pbs.methods import METHODS
 from pbs.methods.facts import Facts
+from pbs.selectors.sampled import SampledSelector
 
 FP32 = 4
 INT16 = 2
@@ -247,10 +248,11 @@ def _antidiagonal(sizes: _Sizes) -> Work:
 
 
 def _sampled(sizes: _Sizes) -> Work:
-    """Every 16th query against the keys it sees, and means of 16 queries against those of keys."""
+    """Every s-th query against the keys it sees, and means of groups of queries and keys."""
     shape = sizes.shape
-    flops = shape.q_heads * shape.head_dim * sizes.num_tokens**2 / 16
-    return Work(flops + flops / 16, sizes.read_all(), 10)
+    share = 1 / SampledSelector.stride + 1 / SampledSelector.group**2
+    flops = shape.q_heads * shape.head_dim * sizes.num_tokens**2 * share
+    return Work(flops, sizes.read_all(), 10)
 
 
 def _last_queries(sizes: _Sizes) -> Work:

@@ -19,7 +19,7 @@ from pbs.methods.base import AttentionMethod, Call, Knob
 from pbs.methods.facts import Facts, at
 from pbs.ops.grid import BlockGrid, candidate_tiles
 from pbs.ops.permutation import gather_keys
-from pbs.ops.plan import AttentionPlan, OwnTiles, own_tiles
+from pbs.ops.plan import AttentionPlan, own_tiles
 from pbs.ops.stages import stage
 from pbs.orders import build_order
 from pbs.orders.base import Arrangement, sink_first
@@ -145,11 +145,13 @@ class PBS(AttentionMethod):
         keys = k if ordered is None else ordered
         if self.target == "keys_then_queries":
             q, query_order = self._move_queries(q, keys, candidates)
-        own, limits = self._own_keys(k, grid, query_order), num_candidates
-        if self.local_blocks is not None:
+        if self.local_blocks is None:
+            own, limits = self._own_keys(k, grid, query_order), num_candidates
+        else:
             own = replace(OwnKeys.of(k, grid, segment_size=0), num_moved=num_candidates)
             candidates, num_candidates = candidate_tiles(grid, q.device)
-            limits = self._own_tiles(grid, q.device).limits
+            sizes = {"segment_size": self.segment_size, "local_tiles": self.local_blocks}
+            limits = own_tiles(grid, q.device, **sizes).limits
         with stage("selection"):
             blocks, num_blocks = self._selector.select(
                 q,
@@ -241,13 +243,6 @@ class PBS(AttentionMethod):
             segment_size=self.segment_size,
             query_segment=self._query_segment,
             query_order=query_order,
-        )
-
-    def _own_tiles(self, grid: BlockGrid, device: torch.device) -> OwnTiles:
-        """What a query may choose of its own segment, where it does not compute it whole."""
-        assert self.local_blocks is not None
-        return own_tiles(
-            grid, device, segment_size=self.segment_size, local_tiles=self.local_blocks
         )
 
     def _move_queries(self, q: Tensor, k: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pbs.methods.facts import Facts, at
 from pbs.methods.pbs import PBS
+from pbs.orders.spread import SpreadOrder
 
 
 @dataclass(kw_only=True)
@@ -34,7 +35,7 @@ class PBSCalibrated(PBS):
         ">",
         selection="sampled",
         moves_keys=True,
-        order_rows=256,
+        order_rows=SpreadOrder.num_rows,
         is_row_local=False,  # queries all over the prompt say where keys go
         curve=at("threshold", 0.7, 0.9, 0.97),
     )
