@@ -164,14 +164,11 @@ def method_cost(
     if facts.moves_keys:
         order_heads = shape.kv_heads if shared_order else shape.q_heads
         copy = shape.key_bytes(num_tokens, heads=order_heads)
+        # Queries all over the prompt see half of the keys on average.
+        rows = facts.order_rows(num_tokens) / 2 if facts.order_rows else block_size
         stages["order"] = Work(
             # Two passes over the keys: normalisers, then means per key. A group shares reads.
-            flops=2
-            * 2.0
-            * (facts.order_rows or block_size)
-            * num_tokens
-            * shape.head_dim
-            * order_heads,
+            flops=2 * 2.0 * rows * num_tokens * shape.head_dim * order_heads,
             num_bytes=2 * shape.key_bytes(num_tokens)
             + order_heads * num_tokens * (2 * FP32 + INT64),
             num_launches=6,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -18,7 +18,8 @@ class Facts:
         selection: which count of :mod:`experiments.timing.cost_model` its selection has: "none",
             "pooled", "antidiagonal", "sampled", "last_queries", "flexprefill" or "prism".
         moves_keys: whether it orders and gathers keys.
-        order_rows: how many queries its order asks; None: a block of them.
+        order_rows: how many queries all over a prompt of so many its order asks, each about the
+            keys before it; None: a block of them, about all keys.
         is_row_local: whether a row of queries computes the same without the rows before it, so that
             a prompt in chunks gives what the whole gives, as far as the chunk's last row decides.
         row_local_with: parameters that this needs.
@@ -30,7 +31,7 @@ class Facts:
     marker: str
     selection: str
     moves_keys: bool = False
-    order_rows: int | None = None
+    order_rows: Callable[[int], int] | None = None
     is_row_local: bool = True
     row_local_with: Mapping[str, object] = field(default_factory=dict)
     curve: tuple[Mapping[str, object], ...] = ()

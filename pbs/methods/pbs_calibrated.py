@@ -35,7 +35,7 @@ class PBSCalibrated(PBS):
         ">",
         selection="sampled",
         moves_keys=True,
-        order_rows=SpreadOrder.num_rows,
+        order_rows=SpreadOrder().num_asked,
         is_row_local=False,  # queries all over the prompt say where keys go
         curve=at("threshold", 0.7, 0.9, 0.97),
     )

@@ -23,6 +23,12 @@ LLAMA_8B = Architecture(4096, 32, 14336, 128256, LLAMA)
 N = 128 * 1024
 
 
+def test_calibrated_selection_stays_within_a_twentieth_of_dense_attention_at_128k():
+    stages = method_cost("pbs_calibrated", LLAMA, N, density=0.2)
+    extra = stages["order"].flops + stages["selection"].flops
+    assert extra <= 0.05 * dense_flops(LLAMA, N)
+
+
 def test_dense_attention_at_128k():
     assert dense_flops(LLAMA, N) == pytest.approx(1.41e14, rel=0.01)
     assert floor_ms(method_cost("flash", LLAMA, N), DENSE_H100) == pytest.approx(235, rel=0.01)
