@@ -144,6 +144,14 @@ def _antidiagonal() -> dict[str, Case]:
         found[f"tile log-sums {dtype} D={head_dim} T={tile}"] = partial(
             tile_logsumexp, x, x, bounds, bounds, tile=tile, scale=1.0, backend="triton"
         )
+    from pbs.ops.key_power_sums import key_power_sums
+
+    ends = torch.zeros(NUM_TOKENS, dtype=torch.int32)
+    for dtype, head_dim in (("bf16", 128), ("bf16", 64), ("fp32", 128)):
+        x = _tensor(head_dim, dtype)
+        found[f"key power sums {dtype} D={head_dim}"] = partial(
+            key_power_sums, x, x, ends, scale=1.0, power=4.0, backend="triton"
+        )
     x, head_dim = _tensor(64, "bf16"), 64
     beside = torch.zeros(1, 4, grid.num_query_tiles * 128 // stride)
     found[f"antidiagonal bf16 D={head_dim} s={stride} credited"] = partial(

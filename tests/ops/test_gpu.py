@@ -7,6 +7,7 @@ from pbs import BlockGrid, block_sparse_attention
 from pbs.ops.antidiagonal import antidiagonal_block_sums
 from pbs.ops.block_selection import select_pooled_blocks, select_top_p_blocks
 from pbs.ops.dense import choose_dense_kernel, dense_attention
+from pbs.ops.key_power_sums import key_power_sums
 from pbs.ops.permutation import (
     gather_and_pool,
     gather_keys,
@@ -167,6 +168,19 @@ def test_log_sums_of_tiles_match_their_reference(tile, dtype, head_dim):
     expected = tile_logsumexp(q, k, ends * 0, ends, **arguments)
     got = tile_logsumexp(q.cuda(), k.cuda(), ends.cuda() * 0, ends.cuda(), **arguments)
     torch.testing.assert_close(got.cpu(), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 96])
+def test_key_power_sums_match_their_reference(head_dim, dtype):
+    q, k, _ = make_qkv(2, 8, 2, 1000, head_dim, dtype=dtype, structure="mixed")
+    ends = torch.arange(1000) // 128 * 128
+    arguments = {"scale": head_dim**-0.5, "power": 4.0}
+    expected = key_power_sums(q, k, ends, **arguments)
+    got = key_power_sums(q.cuda(), k.cuda(), ends.cuda(), **arguments).cpu()
+    assert torch.equal(got.isinf(), expected.isinf())
+    seen = expected.isfinite()
+    torch.testing.assert_close(got[seen], expected[seen], atol=1e-2, rtol=1e-3)
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.9, 1.0])
