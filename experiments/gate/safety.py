@@ -10,7 +10,8 @@ Five checks, each a measured number against an allowed one:
 
 Logits are compared per token, ``|a - b| / |b|``, worst token. What is allowed follows the loaded
 model's own sensitivity: the change of its logits when its input embeddings move by one rounding
-step, which needs no second copy of the model and holds in any dtype.
+step, which needs no second copy of the model and holds in any dtype; of a batch, also what the
+model's own attention makes of a sequence beside its copy.
 """
 
 from __future__ import annotations
@@ -170,6 +171,9 @@ class _Gate:
         total = self.ids.shape[1]
         short = self.ids[:, : int(total * 0.7)]
         alone = [self.own, self._logits(short)]
+        # Products of another shape round differently, with the model's own attention too.
+        beside = _distance(self._logits(self.ids.repeat(2, 1))[:1], self.own)
+        allowed = max(self.allowed, FACTOR * beside)
         for side in ("left", "right"):
             begin = time.perf_counter()
             ids = self.ids.repeat(2, 1)
@@ -187,6 +191,7 @@ class _Gate:
                 error,
                 begin,
                 f"a sequence in a batch padded on the {side} does not get the logits it gets alone",
+                allowed=allowed,
             )
 
     def _check_prefix(self) -> Iterator[CheckReport]:

@@ -18,8 +18,9 @@ from pbs.ops.tile_logsumexp import tile_logsumexp
 from pbs.selectors.base import Selector
 from pbs.selectors.own import OwnKeys
 
-# Masses held at once: 2^22 fp32 values are 16 MB.
+# Masses held at once: 2^22 fp32 values are 16 MB. A GPU needs rows enough to fill it: 128 MB.
 MAX_SCORES = 1 << 22
+MAX_SCORES_GPU = 1 << 25
 
 
 @dataclass(kw_only=True)
@@ -89,7 +90,8 @@ class SampledSelector(Selector):
         )
         per_head = q.shape[1] // natural.shape[1]
         size = q.shape[0] * per_head * (rows.shape[2] + grid.query_tile // (group or 128))
-        step = max(1, MAX_SCORES // (size * grid.num_key_tiles))
+        limit = MAX_SCORES_GPU if q.is_cuda else MAX_SCORES
+        step = max(1, limit // (size * grid.num_key_tiles))
         for head in range(natural.shape[1]):
             heads = slice(head * per_head, (head + 1) * per_head)
             for first in range(0, grid.num_query_tiles, step):

@@ -1,0 +1,159 @@
+"""The tables of docs/findings.md from the lab's results that come with the project.
+
+    python -m experiments.tools.selection_lab.tables     # rewrites them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.report.markdown import to_markdown
+from experiments.settings.config import ROOT
+from experiments.statistics import compare_paired_values, student_interval
+from experiments.tools.readme import RESULTS, replace_section
+from experiments.tools.selection_lab.variants import VARIANTS
+
+FINDINGS = ROOT / "docs" / "findings.md"
+FOLDER = RESULTS / "selection_2026-11-27"
+# The lab's form of the method.
+OURS = "base"
+# The density that targets and ablations are stated at.
+TARGET = 0.2
+METHODS = {
+    OURS: "`pbs_calibrated`",
+    "keys not moved": "the same, keys not moved",
+    "every 8th query sampled": "`pbs_calibrated`, every 8th query sampled",
+    "pbs": "`pbs`",
+    "pbs_plus": "`pbs_plus`",
+    "meanpool": "`meanpool`",
+    "xattention": "`xattention`",
+    "minference": "`minference`",
+    "prism": "`prism`",
+    "flexprefill": "`flexprefill`",
+    "random_blocks": "`random_blocks`",
+}
+
+
+def sections(folder: Path = FOLDER) -> dict[str, str]:
+    """Markdown by section."""
+    short = pd.read_csv(folder / "densities_8192.csv")
+    variants = pd.read_csv(folder / "variants_8192.csv")
+    long = pd.read_csv(folder / "all_32768.csv")
+    return {
+        "densities_8192": by_density(short),
+        "methods_8192": beside(short[short.target == TARGET], METHODS),
+        "tails_8192": tails(short[short.target == TARGET]),
+        "variants_8192": of_variants(variants),
+        "densities_32768": by_density(long),
+        "methods_32768": beside(long[long.target == TARGET], METHODS),
+        "variants_32768": of_variants(long[long.target == TARGET]),
+    }
+
+
+def by_density(rows: pd.DataFrame) -> str:
+    """KL of each method at each density."""
+    mean = rows.groupby(["variant", "target"]).kl.mean()
+    columns: dict[str, list[str]] = {"method": [], **{str(x): [] for x in sorted(set(rows.target))}}
+    for name, label in METHODS.items():
+        if name not in mean.index:
+            continue
+        columns["method"].append(label)
+        for target in sorted(set(rows.target)):
+            at = (name, target)
+            columns[str(target)].append(f"{mean[at]:.4f}" if at in mean.index else "")
+    return to_markdown(columns) + "\n"
+
+
+def beside(rows: pd.DataFrame, labels: dict[str, str]) -> str:
+    """Density, KL with its interval, differences paired by window, and quarters."""
+    ours = _by_window(rows, OURS)
+    columns: dict[str, list[str]] = {}
+
+    def add(**cells: str) -> None:
+        for name, cell in cells.items():
+            columns.setdefault(name.replace("_", " "), []).append(cell)
+
+    for name, label in labels.items():
+        some = rows[rows.variant == name]
+        if some.empty:
+            continue
+        kl = _by_window(rows, name)
+        interval = student_interval(list(kl.values()))
+        add(
+            method=label,
+            density=f"{some.density.mean():.3f}",
+            KL=f"{some.kl.mean():.4f} [{interval.low:.4f}, {interval.high:.4f}]",
+            less_that_of_pbs_calibrated=_difference(kl, ours) if name != OURS else "",
+            NLL_difference=f"{some.nll_difference.mean():+.4f}",
+            **_quarters(some, "kl", "{:.4f}"),
+        )
+    return to_markdown(columns) + "\n"
+
+
+def tails(rows: pd.DataFrame) -> str:
+    """The 99th percentile of KL by quarter of the window."""
+    columns: dict[str, list[str]] = {"method": []}
+    for name, label in METHODS.items():
+        some = rows[rows.variant == name]
+        if some.empty:
+            continue
+        columns["method"].append(label)
+        for quarter, cell in _quarters(some, "p99", "{:.2f}").items():
+            columns.setdefault(quarter.replace("_", " "), []).append(cell)
+    return to_markdown(columns) + "\n"
+
+
+def of_variants(rows: pd.DataFrame) -> str:
+    """What each change is worth: KL, its ratio to the defaults' and the paired difference."""
+    base = _by_window(rows, OURS)
+    mean = sum(base.values()) / len(base)
+    columns: dict[str, list[str]] = {}
+    for name in [*VARIANTS, *sorted(set(rows.variant) - set(VARIANTS) - set(METHODS))]:
+        some = rows[rows.variant == name]
+        if some.empty:
+            continue
+        cells = {
+            "variant": "the defaults" if name == OURS else name,
+            "KL": f"{some.kl.mean():.4f}",
+            "change, %": "" if name == OURS else f"{100 * (some.kl.mean() / mean - 1):+.0f}",
+            "difference": "" if name == OURS else _difference(_by_window(rows, name), base),
+            **_quarters(some, "kl", "{:.4f}"),
+        }
+        for column, cell in cells.items():
+            columns.setdefault(column.replace("_", " "), []).append(cell)
+    return to_markdown(columns) + "\n"
+
+
+def _by_window(rows: pd.DataFrame, variant: str) -> dict[str, float]:
+    some = rows[rows.variant == variant]
+    return dict(zip(some.window, some.kl, strict=True))
+
+
+def _difference(kl: dict[str, float], ours: dict[str, float]) -> str:
+    found = compare_paired_values(kl, ours)
+    if found.low is None:  # the same in every window
+        return "none"
+    return f"{found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+
+
+def _quarters(rows: pd.DataFrame, name: str, form: str) -> dict[str, str]:
+    return {f"quarter_{i}": form.format(rows[f"{name}_q{i}"].mean()) for i in range(1, 5)}
+
+
+def rewrite(text: str, make: Callable[[], dict[str, str]] = sections) -> str:
+    """The page with its tables made again."""
+    for name, content in make().items():
+        text = replace_section(text, name, content)
+    return text
+
+
+def main() -> None:
+    """Rewrite docs/findings.md."""
+    FINDINGS.write_text(rewrite(FINDINGS.read_text()))
+
+
+if __name__ == "__main__":
+    main()
