@@ -1,6 +1,6 @@
 """The tables of docs/findings.md from the lab's results that come with the project.
 
-    python -m experiments.tools.selection_lab.tables     # rewrites them
+python -m experiments.tools.selection_lab.tables     # rewrites them
 """
 
 from __future__ import annotations

@@ -1,59 +1,46 @@
-"""The tables of docs/findings.md follow from the points and runs committed with them."""
+"""docs/findings.md and README.md say what the lab's committed results say."""
 
-import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.results import load
-from experiments.statistics import compare_paired_values, student_interval
-from experiments.tools.readme import README, RESULTS
+from experiments.tools.readme import README
+from experiments.tools.selection_lab.tables import FINDINGS, FOLDER, METHODS, OURS, rewrite
 
-TEXT = (README.parent / "docs" / "findings.md").read_text()
-POINTS = RESULTS / "selection_2026-11-27" / "points.csv"
-COLUMNS = ["kl", "kl_q1", "kl_q2", "kl_q3", "kl_q4"]
-TARGET = 0.2
+QUARTERS = ["kl_q1", "kl_q2", "kl_q3", "kl_q4"]
 
 
-def rows():
-    points = pd.read_csv(POINTS, keep_default_na=False)
-    for (variant, settings), pair in points.groupby(["variant", "settings"], sort=False):
-        first, last = (pair.iloc[place] for place in (0, -1))
-        place = np.log(TARGET / first.density) / np.log(last.density / first.density)
-        values = [first[c] * (last[c] / first[c]) ** place for c in COLUMNS]
-        yield variant, settings, [f"{value:.4f}" for value in values]
+def test_the_tables_are_those_of_the_committed_results():
+    text = FINDINGS.read_text()
+    assert rewrite(text) == text
 
 
-@pytest.mark.parametrize(("variant", "settings", "values"), list(rows()))
-def test_every_variant_stands_as_its_points_say(variant, settings, values):
-    cells = f"`{settings}`" if settings else ""
-    assert f"| {variant} | {cells} | {' | '.join(values)} |" in TEXT
+@pytest.mark.parametrize(("file", "number"), [("densities_8192", 10), ("all_32768", 4)])
+def test_every_method_was_measured_on_the_same_windows(file, number):
+    rows = pd.read_csv(FOLDER / f"{file}.csv")
+    windows = rows.groupby(["variant", "target"]).window.agg(tuple)
+    assert set(map(len, windows)) == {number}
+    assert len(set(windows)) == 1
 
 
-def test_the_ten_windows_are_the_committed_runs():
-    samples = {}
-    for path in (RESULTS / "selection_2026-11-27" / "ten_windows").rglob("samples.jsonl"):
-        samples[path.parts[-3]] = pd.read_json(path, lines=True, dtype={"sample_id": str})
-    kl = {name: dict(zip(x.sample_id, x.kl, strict=True)) for name, x in samples.items()}
-    gain = compare_paired_values(kl["pbs_calibrated"], kl["pbs"])
-    paired = {
-        "pbs": "",
-        "pbs_calibrated": f"{gain.difference:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]",
-    }
-    for name, x in samples.items():
-        interval = student_interval(list(x.kl))
-        cells = [
-            f"{100 * x.density.mean():.1f}",
-            f"{x.kl.mean():.4f} [{interval.low:.4f}, {interval.high:.4f}]",
-            paired[name],
-            f"{x.nll_difference.mean():+.4f}",
-            f"{100 * x.top1_same.mean():.1f}",
-        ]
-        assert len(x) == 10
-        assert f"| `{name}` | {' | '.join(cells)} |" in TEXT
-    runs = load(RESULTS / "selection_2026-11-27" / "ten_windows")
-    assert set(runs.method) == {"pbs", "pbs_calibrated"}
-    calibrated, published = samples["pbs_calibrated"], samples["pbs"]
-    ours, theirs = ((x.kl.mean(), x.density.mean()) for x in (calibrated, published))
-    said = f"{ours[0]:.4f} at density {ours[1]:.3f} where published PBS has "
-    said += f"{theirs[0]:.4f} at {theirs[1]:.3f}"
-    assert said in " ".join(README.read_text().split())
+def test_it_is_nearer_to_dense_than_every_other_method_in_every_quarter():
+    rows = pd.read_csv(FOLDER / "densities_8192.csv")
+    mean = rows.groupby(["variant", "target"])[QUARTERS].mean()
+    lab = {OURS, "keys not moved", "every 8th query sampled", "one summary key"}
+    others = set(rows.variant) - lab
+    assert {"pbs", "xattention", "minference", "meanpool", "flexprefill"} <= others <= set(METHODS)
+    for name, target in mean.index:
+        if name in others:
+            assert (mean.loc[(name, target)] > mean.loc[(OURS, target)]).all(), (name, target)
+
+
+def test_the_readme_says_the_same():
+    said = " ".join(README.read_text().split())
+    found = {}
+    for length, file in ((8192, "densities_8192"), (32768, "all_32768")):
+        rows = pd.read_csv(FOLDER / f"{file}.csv")
+        mean = rows[rows.target == 0.2].groupby("variant").kl.mean()
+        found[length] = [f"{mean[name]:.4f}" for name in (OURS, "pbs", "keys not moved")]
+    ours, published, still = found[8192]
+    assert f"is {ours}, a fifth of published PBS ({published}) and half of" in said
+    assert f"left in place ({still}); at 32768 tokens {', '.join(found[32768][:2])} and" in said
+    assert f"and {found[32768][2]}." in said
