@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo model-smollm2 test test-gpu check format lint type kernels bench bench-gpu notebooks report leaderboard readme golden licences audit clean
+.PHONY: help setup demo model-smollm2 test test-vllm test-gpu check format lint type kernels bench bench-gpu notebooks report leaderboard readme golden licences audit clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ model-smollm2: $(VENV)/.core ## Fetch SmolLM2-135M-Instruct (93 MB, Apache-2.0) 
 
 test: $(VENV)/.dev ## Run the tests (CPU)
 	$(BIN)/python -m pytest
+
+test-vllm: ## Run the plug-in in a real vLLM on the CPU, in .venv-vllm (3.5 GB)
+	$(PYTHON) -m tests.serving.environment .venv-vllm && .venv-vllm/bin/python -m pytest -m vllm -n 0 tests/serving
 
 test-gpu: $(VENV)/.dev ## Run the tests that need a CUDA device
 	PBS_TESTS=gpu $(BIN)/python -m pytest -m gpu -n 0

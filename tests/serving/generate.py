@@ -1,0 +1,65 @@
+"""One offline vLLM engine in a process of its own: ``python -m tests.serving.generate SPEC OUT``."""
+
+import json
+import sys
+from pathlib import Path
+
+MODEL = Path(__file__).parents[2] / "experiments" / "tiny"
+LENGTHS = (300, 1000, 3000, 5000)
+TASKS = ("single", "multi_key")
+
+
+def questions(lengths=LENGTHS, index=0):
+    """Needle questions of the embedded model, several lengths mixed, with their token ids."""
+    from transformers import AutoTokenizer
+
+    from experiments.benches.needle_tasks import encode, make_sample
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    for length in lengths:
+        for task in TASKS:
+            sample = make_sample(
+                task, length=length, depth=0.4, index=index, seed=0, tokenizer=tokenizer
+            )
+            yield sample, [int(token) for token in encode(sample, tokenizer)]
+
+
+def main(spec, out):
+    from vllm import LLM, SamplingParams
+
+    from experiments.benches.needle_tasks import is_correct
+
+    llm = LLM(
+        model=str(MODEL),
+        dtype="float32",
+        max_model_len=8192,
+        kv_cache_memory_bytes=1 << 29,
+        seed=0,
+        worker_extension_cls="pbs.patch.vllm.counters.WorkerExtension",
+        **{"enforce_eager": True, **spec},
+    )
+    asked = list(questions())
+    prompts = [{"prompt_token_ids": ids} for _, ids in asked]
+    greedy = SamplingParams(max_tokens=8, temperature=0)
+    rounds = []
+    for _ in range(2):  # the second finds the cache filled
+        answers = llm.generate(prompts, greedy, use_tqdm=False)
+        outputs = [answer.outputs[0] for answer in answers]
+        correct = [
+            is_correct(sample, output.text)
+            for (sample, _), output in zip(asked, outputs, strict=True)
+        ]
+        rounds.append(
+            {
+                "tokens": [list(output.token_ids) for output in outputs],
+                "cached": [answer.num_cached_tokens for answer in answers],
+                "correct": correct,
+            }
+        )
+    Path(out).write_text(
+        json.dumps({"rounds": rounds, "workers": llm.collective_rpc("pbs_report")})
+    )
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), sys.argv[2])

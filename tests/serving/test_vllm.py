@@ -1,0 +1,191 @@
+"""The plug-in in a real vLLM on a CPU: ``make test-vllm``."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.serving.generate import MODEL, questions
+
+pytestmark = pytest.mark.vllm
+
+ROOT = Path(__file__).parents[2]
+NO_CHUNKS = {"enable_chunked_prefill": False, "max_num_batched_tokens": 8192}
+SMALL_CHUNKS = {"max_num_batched_tokens": 1000}
+CASES = {
+    "chunks": SMALL_CHUNKS,
+    "no-chunks": NO_CHUNKS,
+    "chunks-no-cache": SMALL_CHUNKS | {"enable_prefix_caching": False},
+    "no-chunks-no-cache": NO_CHUNKS | {"enable_prefix_caching": False},
+    "compiled": SMALL_CHUNKS | {"enforce_eager": False},
+    "two-workers": SMALL_CHUNKS | {"tensor_parallel_size": 1 + 1},
+}
+
+
+def generate(spec, settings, out, *, check=True):
+    """What an engine answers, or where it must fail, what it says."""
+    if settings is not None:
+        spec = spec | {"additional_config": {"pbs": settings}}
+    command = [sys.executable, "-m", "tests.serving.generate", json.dumps(spec), str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    if check:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+        return json.loads(out.read_text())
+    assert done.returncode != 0
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_at_threshold_1_the_tokens_are_stock_vllms_and_below_answers_stay(case, tmp_path):
+    spec = CASES[case]
+    stock = generate(spec, None, tmp_path / "stock.json")
+    assert all(worker == {} for worker in stock["workers"])
+    dense = generate(spec, {"threshold": 1.0}, tmp_path / "dense.json")
+    for ours, theirs in zip(dense["rounds"], stock["rounds"], strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        assert ours["cached"] == theirs["cached"]
+    assert len(dense["workers"]) == spec.get("tensor_parallel_size", 1)
+    sparse = generate(spec, {"method": "pbs", "threshold": 0.9}, tmp_path / "sparse.json")
+    for worker in dense["workers"]:
+        assert set(worker) == {"0", "1"}
+        assert all(layer["density"] == 1 and layer["sparse"] > 0 for layer in worker.values())
+    for worker in sparse["workers"]:
+        assert all(0.1 < layer["density"] < 0.9 for layer in worker.values())
+    for ours, theirs in zip(sparse["rounds"], stock["rounds"], strict=True):
+        assert sum(ours["correct"]) >= sum(theirs["correct"]) - 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"method": "pbss"}, "Did you mean 'pbs'"), ({"treshold": 1}, "Did you mean 'threshold'")],
+)
+def test_wrong_settings_stop_the_engine(settings, said, tmp_path):
+    assert said in generate({}, settings, tmp_path / "never.json", check=False)
+
+
+def free_port():
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return held.getsockname()[1]
+
+
+class Server:
+    """A vLLM server on loopback."""
+
+    def __init__(self, log, *options):
+        self.port, self.log = free_port(), log
+        command = [
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", str(MODEL), "--served-model-name", "tiny", "--dtype", "float32"),
+            *("--host", "127.0.0.1", "--port", str(self.port), "--enforce-eager"),
+            *("--max-model-len", "8192", "--max-num-batched-tokens", "1000"),
+            *("--additional-config.pbs.method", "pbs", "--additional-config.pbs.threshold", "0.9"),
+            *options,
+        ]
+        with log.open("a") as file:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True
+            )
+        deadline = time.monotonic() + 200
+        while not self.is_up():
+            assert self.process.poll() is None, log.read_text()[-5000:]
+            assert time.monotonic() < deadline, log.read_text()[-5000:]
+            time.sleep(1)
+
+    def is_up(self):
+        try:
+            return self.get("/health")[0] == 200
+        except OSError:
+            return False
+
+    def get(self, path):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+    def ask(self, ids, *, timeout=200):
+        """The completion of a prompt."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        body = {"model": "tiny", "prompt": ids, "max_tokens": 8, "temperature": 0}
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        answer = connection.getresponse()
+        assert answer.status == 200, answer.read()
+        return json.loads(answer.read())["choices"][0]["text"]
+
+    def leave_early(self, ids):
+        """Ask, and hang up while the prompt is being computed."""
+        with pytest.raises(TimeoutError):
+            self.ask(ids, timeout=0.15)
+
+    def counts(self):
+        """Tiles computed and causal, over workers and layers."""
+        found = {"tiles": 0.0, "causal_tiles": 0.0}
+        for line in self.get("/metrics")[1].splitlines():
+            for name in found:
+                if line.startswith(f"pbs:{name}_total"):
+                    found[name] += float(line.rsplit(" ", 1)[1])
+        return found
+
+    def stop(self, how=signal.SIGTERM):
+        os.killpg(self.process.pid, how)
+        self.process.wait(timeout=60)
+
+
+@contextmanager
+def serving(tmp_path, *options):
+    server = Server(tmp_path / "log", *options)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.stop(signal.SIGKILL)
+
+
+def ask_all(server, asked):
+    from experiments.benches.needle_tasks import is_correct
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        texts = list(pool.map(server.ask, [ids for _, ids in asked]))
+    return [is_correct(sample, text) for (sample, _), text in zip(asked, texts, strict=True)], texts
+
+
+def test_a_server_answers_many_at_once_and_others_leave(tmp_path):
+    asked = [pair for index in range(2) for pair in questions(index=index)]
+    assert len(asked) == 16
+    with serving(tmp_path, "--kv-cache-memory-bytes", str(1 << 29)) as server:
+        correct, texts = ask_all(server, asked)
+        assert sum(correct) >= 14
+        time.sleep(1)
+        counts = server.counts()
+        assert 0 < counts["tiles"] < 0.9 * counts["causal_tiles"]
+        # Clients that hang up in mid-prefill disturb nobody.
+        leaving = [ids for _, ids in questions(lengths=(5000,), index=7)]
+        threads = [threading.Thread(target=server.leave_early, args=(ids,)) for ids in leaving]
+        for thread in threads:
+            thread.start()
+        assert ask_all(server, asked)[0] == correct
+        for thread in threads:
+            thread.join()
+        assert server.is_up()
+        server.stop(signal.SIGKILL)
+    with serving(tmp_path, "--kv-cache-memory-bytes", str(1 << 29)) as server:  # after a kill
+        assert ask_all(server, asked[:4])[1] == texts[:4]
+
+
+def test_an_exhausted_cache_preempts_and_all_are_answered(tmp_path):
+    asked = [pair for index in range(2) for pair in questions(index=index)]
+    # Room for one of the longest prompts and little more.
+    with serving(tmp_path, "--kv-cache-memory-bytes", str(9 << 20)) as server:
+        assert sum(ask_all(server, asked)[0]) >= 14
