@@ -1,4 +1,4 @@
-"""An environment with vLLM for the CPU: ``python -m tests.serving.environment FOLDER [VERSION]``."""
+"""An environment with vLLM: ``python -m tests.serving.environment FOLDER [VERSION]``."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""One offline vLLM engine in a process of its own: ``python -m tests.serving.generate SPEC OUT``."""
+"""An offline vLLM engine in its own process: ``python -m tests.serving.generate SPEC OUT``."""
 
 import json
 import sys
