@@ -30,7 +30,7 @@ class SparseLayer:
         self.reason = reason
         self.method = settings.build()
         if COUNTERS.start():
-            logger.info("pbs: prompts of %d tokens on: %r", settings.min_keys, self.method)
+            logger.info("pbs: prompts from %d tokens on: %r", settings.min_keys, self.method)
 
     def reason_to_run_dense(self, layer_idx: int) -> str:
         """Why the layer leaves everything to vLLM; "" if it does not."""
