@@ -13,6 +13,7 @@ import pandas as pd
 from experiments.report.markdown import to_markdown
 from experiments.settings.config import ROOT
 from experiments.statistics import compare_paired_values, student_interval
+from experiments.timing.cost_model import Shape, Work, dense_flops, method_cost
 from experiments.tools.readme import RESULTS, replace_section
 from experiments.tools.selection_lab.variants import VARIANTS
 
@@ -22,6 +23,9 @@ FOLDER = RESULTS / "selection_2026-11-27"
 OURS = "base"
 # The density that targets and ablations are stated at.
 TARGET = 0.2
+SHAPE = Shape(32, 8, 128)
+LENGTHS = (8192, 32768, 131072)
+COSTED = ("pbs_calibrated", "pbs", "xattention", "minference")
 METHODS = {
     OURS: "`pbs_calibrated`",
     "keys not moved": "the same, keys not moved",
@@ -50,7 +54,25 @@ def sections(folder: Path = FOLDER) -> dict[str, str]:
         "densities_32768": by_density(long),
         "methods_32768": beside(long[long.target == TARGET], METHODS),
         "variants_32768": of_variants(long[long.target == TARGET]),
+        "cost": cost(),
     }
+
+
+def cost() -> str:
+    """Order and selection by the cost model, 32/8 heads of 128: operations and bytes."""
+    columns: dict[str, list[str]] = {}
+    for num_tokens in LENGTHS:
+        dense = dense_flops(SHAPE, num_tokens)
+        for method in COSTED:
+            stages = method_cost(method, SHAPE, num_tokens, density=TARGET)
+            cells = {"tokens": str(num_tokens), "method": f"`{method}`"}
+            for name in ("order", "selection"):
+                work = stages.get(name, Work())
+                cells[f"{name}, % of dense operations"] = f"{100 * work.flops / dense:.2f}"
+                cells[f"{name}, MiB"] = f"{work.num_bytes / 2**20:.0f}"
+            for column, cell in cells.items():
+                columns.setdefault(column, []).append(cell)
+    return to_markdown(columns) + "\n"
 
 
 def by_density(rows: pd.DataFrame) -> str:
