@@ -3,6 +3,8 @@
 from pbs.methods import AttentionMethod, CallRecord, build_method
 from pbs.ops import AttentionPlan, Backend, BlockGrid, Geometry, block_sparse_attention
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AttentionMethod",
     "AttentionPlan",
@@ -10,6 +12,7 @@ __all__ = [
     "BlockGrid",
     "CallRecord",
     "Geometry",
+    "__version__",
     "block_sparse_attention",
     "build_method",
 ]
