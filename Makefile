@@ -31,8 +31,8 @@ model-smollm2: $(VENV)/.core ## Fetch SmolLM2-135M-Instruct (93 MB, Apache-2.0) 
 test: $(VENV)/.dev ## Run the tests (CPU)
 	$(BIN)/python -m pytest
 
-test-vllm: ## Run the plug-in in a real vLLM on the CPU, in .venv-vllm (3.5 GB)
-	$(PYTHON) -m tests.serving.environment .venv-vllm && .venv-vllm/bin/python -m pytest -m vllm -n 0 tests/serving
+test-vllm: ## Run the plug-in in a real vLLM on the CPU, in .venv-vllm (3.5 GB); VLLM=0.28.0 for another version
+	$(PYTHON) -m tests.serving.environment .venv-vllm $(VLLM) && .venv-vllm/bin/python -m pytest -m vllm -n 0 tests/serving
 
 test-gpu: $(VENV)/.dev ## Run the tests that need a CUDA device
 	PBS_TESTS=gpu $(BIN)/python -m pytest -m gpu -n 0
