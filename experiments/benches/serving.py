@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from experiments.benches import needle_grid
 from experiments.benches.base import Bench, Context
-from experiments.content import input_digest
+from experiments.content import ROOT, input_digest
 from experiments.metrics import ACCURACY, Metric
 from experiments.settings.config import ConfigError, RunConfig, parameters
 from experiments.store import Record
@@ -32,7 +32,8 @@ class ServingBench(Bench):
     """Needle questions sent to a server at a given rate; ``method=flash`` is vLLM as it is.
 
     Runs of two methods ask the same questions and are compared question by question. All that a run
-    has not answered yet are sent again, at the same rate.
+    has not answered yet are sent again, at the same rate. With ``model.weights=random`` the server
+    draws weights of the model's shape: for times alone, and what a method selects means nothing.
 
     Args:
         url: of a server that runs already, such as http://127.0.0.1:8000, with the method's
@@ -110,7 +111,9 @@ class ServingBench(Bench):
         from experiments.models.load import resolve_path
 
         path = resolve_path(context.cfg.model.source)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        is_random = context.cfg.model.weights == "random"
+        words = str(ROOT / "experiments" / "tiny") if is_random else path
+        tokenizer = AutoTokenizer.from_pretrained(words)
         grid = needle_grid.grid(self.tasks, self.lengths, self.depths, self.num_samples)
         grid = needle_grid.first(grid, self.limit)
         context.announce(len(grid))
@@ -128,7 +131,8 @@ class ServingBench(Bench):
                 asked.append((sample, [int(token) for token in encode(sample, tokenizer)]))
         if not asked:
             return
-        with self._server(context, path) as server:
+        drawn = {"load_format": "dummy", "tokenizer": words} if is_random else {}
+        with self._server(context, path, drawn) as server:
             model = server.model()
             server.complete(model, asked[0][1][:64], max_tokens=1)  # warm
             before = server.tiles()
@@ -148,10 +152,15 @@ class ServingBench(Bench):
             "density": tiles / causal if causal else 1.0,
         }
         for (sample, ids), answer in zip(asked, answers, strict=True):
-            context.add({**_record(sample, ids, answer), **load})
+            record = {**_record(sample, ids, answer), **load}
+            if is_random:
+                record |= {"correct": None, "accuracy": None}
+            context.add(record)
 
     @contextmanager
-    def _server(self, context: Context, path: str) -> Iterator[VllmServer]:
+    def _server(
+        self, context: Context, path: str, drawn: Mapping[str, Any]
+    ) -> Iterator[VllmServer]:
         from experiments.benches.vllm_server import VllmServer, command, free_port, started
         from experiments.models.load import resolve_device
 
@@ -169,7 +178,7 @@ class ServingBench(Bench):
             port,
             settings=settings,
             backend="CUSTOM" if settings is not None and is_gpu else None,
-            options=self.options,
+            options={**drawn, **self.options},
         )
         with started(words, port, context.folder / "server.log") as server:
             yield server

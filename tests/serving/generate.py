@@ -29,15 +29,16 @@ def main(spec, out):
 
     from experiments.benches.needle_tasks import is_correct
 
-    llm = LLM(
-        model=str(MODEL),
-        dtype="float32",
-        max_model_len=8192,
-        kv_cache_memory_bytes=1 << 29,
-        seed=0,
-        worker_extension_cls="pbs.patch.vllm.counters.WorkerExtension",
-        **{"enforce_eager": True, **spec},
-    )
+    options = {
+        "model": str(MODEL),
+        "dtype": "float32",
+        "max_model_len": 8192,
+        "kv_cache_memory_bytes": 1 << 29,
+        "enforce_eager": True,
+        "seed": 0,
+        "worker_extension_cls": "pbs.patch.vllm.counters.WorkerExtension",
+    }
+    llm = LLM(**options | spec)
     asked = list(questions())
     prompts = [{"prompt_token_ids": ids} for _, ids in asked]
     greedy = SamplingParams(max_tokens=8, temperature=0)

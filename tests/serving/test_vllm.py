@@ -30,6 +30,7 @@ CASES = {
     "chunks-no-cache": SMALL_CHUNKS | {"enable_prefix_caching": False},
     "no-chunks-no-cache": NO_CHUNKS | {"enable_prefix_caching": False},
     "compiled": SMALL_CHUNKS | {"enforce_eager": False},
+    "bf16": SMALL_CHUNKS | {"dtype": "bfloat16"},
     "two-workers": SMALL_CHUNKS | {"tensor_parallel_size": 2},
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import time
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from pbs.methods.base import CallRecord
+
+# Below vLLM's logger, so that its configuration shows these lines.
+logger = logging.getLogger("vllm.pbs")
 
 # Names the folder, in the environment that workers inherit.
 FOLDER = "PBS_SERVING_FOLDER"
@@ -82,8 +86,25 @@ class Counters:
         if self._is_started:
             return False
         self._is_started = True
-        atexit.register(self.write)
+        atexit.register(self.finish)
         return True
+
+    def finish(self) -> None:
+        """Write, and say in a line what was computed."""
+        self.write()
+        logger.info("pbs: %s", self.summary())
+
+    def summary(self) -> str:
+        """Chunks and density of all layers."""
+        counts = self._layers.values()
+        sparse = sum(one.sparse for one in counts)
+        dense = sum(sum(one.dense.values()) for one in counts)
+        tiles = sum(int(one.tiles) for one in counts)
+        causal = sum(one.causal_tiles for one in counts)
+        density = f"{tiles / causal:.3f} of the causal tiles" if causal else "no tile"
+        return (
+            f"{sparse} chunks of prompts sparse, {dense} dense over all layers; {density} computed"
+        )
 
     def layer(self, layer_idx: int) -> LayerCounts:
         """Counts of a layer."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +9,8 @@ import torch
 from torch import Tensor
 
 from pbs.patch.vllm.batch import Chunk, Split
-from pbs.patch.vllm.counters import COUNTERS
+from pbs.patch.vllm.counters import COUNTERS, logger
 from pbs.patch.vllm.settings import ServingSettings
-
-# Below vLLM's logger, so that its configuration shows these lines.
-logger = logging.getLogger("vllm.pbs")
 
 
 class SparseLayer:

@@ -4,6 +4,7 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pandas as pd
 import pytest
 from transformers import AutoTokenizer
 
@@ -79,6 +80,15 @@ def test_a_run_records_times_density_and_answers(command, tmp_path, url):
     total = json.loads(path.read_text())["results"]["total"]
     assert total["tokens_per_second"] > 0
     assert total["first_token_p99"] >= row["prefill_seconds"]
+
+
+def test_drawn_weights_have_times_and_no_answers(command, tmp_path, url):
+    status, printed = command("method=pbs", "model.weights=random", f"bench.url={url}", *WORDS)
+    assert status == 0, printed
+    (row,) = load(tmp_path / "out").to_dict("records")
+    assert row["density"] == pytest.approx(0.3)
+    assert pd.isna(row["accuracy"])
+    assert row["prefill_seconds"] > 0
 
 
 def test_a_server_that_leaves_prompts_to_vllm_is_an_error(command, url, monkeypatch):

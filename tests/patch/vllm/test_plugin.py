@@ -126,6 +126,9 @@ def test_a_prompt_gets_what_the_method_gives_it_alone_and_others_are_not_touched
     counts = counters.COUNTERS.to_dict()["3"]
     assert 0 < counts["tiles"] < counts["causal_tiles"]
     assert counts["density"] == counts["tiles"] / counts["causal_tiles"]
+    said = counters.COUNTERS.summary()
+    assert said.startswith("2 chunks of prompts sparse, 1 dense over all layers; 0.")
+    assert said.endswith(f"{counts['density']:.3f} of the causal tiles computed")
 
 
 def test_only_prompts_need_no_rest_and_only_decoding_no_method(platform):
