@@ -17,7 +17,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from pbs.patch.vllm.batch import Chunk, split_batch
+from pbs.patch.vllm.batch import split_batch
 from pbs.patch.vllm.layer import SparseLayer, reasons
 from pbs.patch.vllm.settings import ServingSettings
 
@@ -97,30 +97,22 @@ class SparseCPULayer(CPUAttentionBackendImpl):
         """See the base class."""
         stock = super().forward
         scales = (output_scale, output_block_scale)
-        split = getattr(attn_metadata, "pbs", None)
-        if split is None or self.pbs is None:
+        if self.pbs is None or getattr(attn_metadata, "pbs", None) is None:
             return stock(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
-
-        def keys_values(chunk: Chunk) -> tuple[Tensor, Tensor]:
-            if chunk.is_whole:
-                return key[chunk.rows], value[chunk.rows]
-            isa = getattr(layer, "isa", None) or self.isa  # vLLM 0.28 keeps it in this class
-            return read_pages(
-                kv_cache, attn_metadata.block_table[chunk.request], chunk.num_keys, isa
-            )
-
+        isa = getattr(layer, "isa", None) or self.isa  # vLLM 0.28 keeps it in this class
         return self.pbs.forward(
-            split,
+            attn_metadata,
             extract_layer_index(layer.layer_name),
             query,
+            key,
+            value,
             output,
             scale=self.scale,
-            keys_values=keys_values,
-            rest=lambda rows, metadata, out: stock(
-                layer, query[rows], key[rows], value[rows], kv_cache, metadata, out, *scales
+            pages=lambda chunk: read_pages(
+                kv_cache, attn_metadata.block_table[chunk.request], chunk.num_keys, isa
             ),
-            everything=lambda: stock(
-                layer, query, key, value, kv_cache, attn_metadata, output, *scales
+            dense=lambda rows, metadata, out: stock(
+                layer, query[rows], key[rows], value[rows], kv_cache, metadata, out, *scales
             ),
         )
 

@@ -16,7 +16,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from pbs.patch.vllm.batch import Chunk, Split, split_batch
+from pbs.patch.vllm.batch import Split, split_batch
 from pbs.patch.vllm.layer import SparseLayer, reasons
 from pbs.patch.vllm.settings import ServingSettings
 
@@ -150,27 +150,21 @@ class SparseFlashLayer(FlashAttentionImpl):
         scales = (output_scale, output_block_scale)
         if attn_metadata is None and self.pbs is not None and not self.pbs.reason:
             self._claim_memory(query)
-        split = getattr(attn_metadata, "pbs", None)
-        if split is None or self.pbs is None:
+        if self.pbs is None or getattr(attn_metadata, "pbs", None) is None:
             return stock(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
-
-        def keys_values(chunk: Chunk) -> tuple[Tensor, Tensor]:
-            if chunk.is_whole:
-                return key[chunk.rows], value[chunk.rows]
-            return read_pages(kv_cache, attn_metadata.block_table[chunk.request], chunk.num_keys)
-
         return self.pbs.forward(
-            split,
+            attn_metadata,
             extract_layer_index(layer.layer_name),
             query,
+            key,
+            value,
             output,
             scale=self.scale,
-            keys_values=keys_values,
-            rest=lambda rows, metadata, out: stock(
-                layer, query[rows], key[rows], value[rows], kv_cache, metadata, out, *scales
+            pages=lambda chunk: read_pages(
+                kv_cache, attn_metadata.block_table[chunk.request], chunk.num_keys
             ),
-            everything=lambda: stock(
-                layer, query, key, value, kv_cache, attn_metadata, output, *scales
+            dense=lambda rows, metadata, out: stock(
+                layer, query[rows], key[rows], value[rows], kv_cache, metadata, out, *scales
             ),
         )
 

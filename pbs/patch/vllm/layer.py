@@ -34,50 +34,55 @@ class SparseLayer:
 
     def forward(
         self,
-        split: Split,
+        metadata: Any,
         layer_idx: int,
         query: Tensor,
+        key: Tensor,
+        value: Tensor,
         output: Tensor,
         *,
         scale: float,
-        keys_values: Callable[[Chunk], tuple[Tensor, Tensor]],
-        rest: Callable[[slice | Tensor, Any, Tensor], object],
-        everything: Callable[[], Tensor],
+        pages: Callable[[Chunk], tuple[Tensor, Tensor]],
+        dense: Callable[[slice | Tensor, Any, Tensor], object],
     ) -> Tensor:
         """Fill ``output``.
 
         Args:
-            split: of the batch.
+            metadata: vLLM's of the batch, its split in the attribute ``pbs``.
             layer_idx: the layer.
             query: ``[T, Hq, D]``, all requests one behind the other.
+            key: ``[T, Hkv, D]``, of the new tokens.
+            value: ``[T, Hkv, D]``.
             output: ``[T, Hq, D]``.
             scale: factor of the logits.
-            keys_values: all keys and values that a chunk sees, ``[Nk, Hkv, D]`` each.
-            rest: computes rows with the metadata of the rest, into a tensor of their size.
-            everything: computes the whole batch densely.
+            pages: all keys and values that a chunk sees, from the cache, ``[Nk, Hkv, D]`` each.
+            dense: vLLM's attention of some rows with their metadata, into a tensor of their size.
         """
+        split: Split = metadata.pbs
         counter = COUNTERS.layer(layer_idx)
         counter.add_dense(split.dense)
         reason = self.reason_to_run_dense(layer_idx)
         if reason or not split.chunks:
             if reason:
                 counter.add_dense({reason: len(split.chunks)})
-            return everything()
+            dense(slice(None), metadata, output)
+            return output
         for chunk in split.chunks:
-            keys, values = keys_values(chunk)
-            q, k, v = (x.transpose(0, 1)[None] for x in (query[chunk.rows], keys, values))
+            rows = chunk.rows
+            keys, values = (key[rows], value[rows]) if chunk.is_whole else pages(chunk)
+            q, k, v = (x.transpose(0, 1)[None] for x in (query[rows], keys, values))
             out = self.method(
                 q, k, v, scale=scale, layer_idx=layer_idx, recorder=counter.add_record
             )
-            output[chunk.rows] = out[0].transpose(0, 1)
+            output[rows] = out[0].transpose(0, 1)
         if split.rest is not None and split.rest_rows is not None:
-            rows = split.rest_rows
-            if isinstance(rows, slice):
-                rest(rows, split.rest, output[rows])
+            left = split.rest_rows
+            if isinstance(left, slice):
+                dense(left, split.rest, output[left])
             else:
-                part = torch.empty_like(output[rows])
-                rest(rows, split.rest, part)
-                output[rows] = part
+                part = torch.empty_like(output[left])
+                dense(left, split.rest, part)
+                output[left] = part
         COUNTERS.write_sometimes()
         return output
 
