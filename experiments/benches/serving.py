@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import starmap
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
@@ -32,7 +33,8 @@ class ServingBench(Bench):
     """Needle questions sent to a server at a given rate; ``method=flash`` is vLLM as it is.
 
     Runs of two methods ask the same questions and are compared question by question. All that a run
-    has not answered yet are sent again, at the same rate. With ``model.weights=random`` the server
+    has not answered yet are sent again, at the same rate, after one other question of each length
+    that is not timed: the first compiles kernels. With ``model.weights=random`` the server
     draws weights of the model's shape: for times alone, and what a method selects means nothing.
 
     Args:
@@ -117,8 +119,10 @@ class ServingBench(Bench):
         grid = needle_grid.grid(self.tasks, self.lengths, self.depths, self.num_samples)
         grid = needle_grid.first(grid, self.limit)
         context.announce(len(grid))
-        asked: list[tuple[NeedleSample, list[int]]] = []
-        for task, length, depth, index in grid:
+
+        def question(
+            task: str, length: int, depth: float, index: int
+        ) -> tuple[NeedleSample, list[int]]:
             sample = make_sample(
                 task,
                 length=length,
@@ -127,14 +131,17 @@ class ServingBench(Bench):
                 seed=context.cfg.seed,
                 tokenizer=tokenizer,
             )
-            if sample.sample_id not in context.done:
-                asked.append((sample, [int(token) for token in encode(sample, tokenizer)]))
+            return sample, [int(token) for token in encode(sample, tokenizer)]
+
+        asked = [pair for pair in starmap(question, grid) if pair[0].sample_id not in context.done]
         if not asked:
             return
         drawn = {"load_format": "dummy", "tokenizer": words} if is_random else {}
         with self._server(context, path, drawn) as server:
             model = server.model()
-            server.complete(model, asked[0][1][:64], max_tokens=1)  # warm
+            for length in {sample.length for sample, _ in asked}:  # kernels are compiled
+                _, ids = question(self.tasks[0], length, self.depths[0], self.num_samples)
+                server.complete(model, ids, max_tokens=self.max_tokens)
             before = server.tiles()
             began = time.perf_counter()
             answers = list(self._ask(server, model, asked))

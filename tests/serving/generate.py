@@ -1,11 +1,15 @@
 """An offline vLLM engine in its own process: ``python -m tests.serving.generate SPEC OUT``."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 MODEL = Path(__file__).parents[2] / "experiments" / "tiny"
 LENGTHS = (300, 1000, 3000, 5000)
+ON_GPU = shutil.which("nvidia-smi") is not None
+# FlashAttention has no float32.
+DTYPE = "bfloat16" if ON_GPU else "float32"
 TASKS = ("single", "multi_key")
 
 
@@ -31,13 +35,17 @@ def main(spec, out):
 
     options = {
         "model": str(MODEL),
-        "dtype": "float32",
+        "dtype": DTYPE,
         "max_model_len": 8192,
         "kv_cache_memory_bytes": 1 << 29,
         "enforce_eager": True,
         "seed": 0,
         "worker_extension_cls": "pbs.patch.vllm.counters.WorkerExtension",
     }
+    if ON_GPU:
+        options["gpu_memory_utilization"] = 0.1
+    if ON_GPU and "additional_config" in spec:
+        options["attention_backend"] = "CUSTOM"
     llm = LLM(**options | spec)
     asked = list(questions())
     prompts = [{"prompt_token_ids": ids} for _, ids in asked]

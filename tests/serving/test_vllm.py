@@ -1,4 +1,4 @@
-"""The plug-in in a real vLLM on a CPU: ``make test-vllm``."""
+"""The plug-in in a real vLLM, on a CPU (``make test-vllm``) or one GPU, in bfloat16 there."""
 
 import http.client
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving.generate import MODEL, questions
+from tests.serving.generate import DTYPE, MODEL, ON_GPU, questions
 
 pytestmark = pytest.mark.vllm
 
@@ -31,8 +31,12 @@ CASES = {
     "no-chunks-no-cache": NO_CHUNKS | {"enable_prefix_caching": False},
     "compiled": SMALL_CHUNKS | {"enforce_eager": False},
     "bf16": SMALL_CHUNKS | {"dtype": "bfloat16"},
-    "two-workers": SMALL_CHUNKS | {"tensor_parallel_size": 2},
 }
+if not ON_GPU:
+    CASES["two-workers"] = SMALL_CHUNKS | {"tensor_parallel_size": 2}
+
+# Tests may run beside each other.
+SHARED_GPU = ("--gpu-memory-utilization", "0.1")
 
 
 def generate(spec, settings, out, *, check=True):
@@ -65,7 +69,7 @@ def test_at_threshold_1_the_tokens_are_stock_vllms(case, tmp_path):
         assert all(layer["density"] == 1 and layer["sparse"] > 0 for layer in worker.values())
 
 
-@pytest.mark.parametrize("case", ["chunks", "compiled", "two-workers"])
+@pytest.mark.parametrize("case", sorted({"chunks", "compiled", "two-workers"} & set(CASES)))
 def test_sparse_prompts_are_counted_by_tiles_and_answered(case, tmp_path):
     found = generate(CASES[case], {"method": "pbs", "threshold": 0.9}, tmp_path / "sparse.json")
     for worker in found["workers"]:
@@ -96,10 +100,11 @@ class Server:
         self.port, self.log = free_port(), log
         command = [
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-            *("--model", str(MODEL), "--served-model-name", "tiny", "--dtype", "float32"),
+            *("--model", str(MODEL), "--served-model-name", "tiny", "--dtype", DTYPE),
             *("--host", "127.0.0.1", "--port", str(self.port), "--enforce-eager"),
             *("--max-model-len", "8192", "--max-num-batched-tokens", "1000"),
             *("--additional-config.pbs.method", "pbs", "--additional-config.pbs.threshold", "0.9"),
+            *(("--attention-backend", "CUSTOM", *SHARED_GPU) if ON_GPU else ()),
             *options,
         ]
         with log.open("a") as file:
@@ -197,5 +202,6 @@ def test_a_server_answers_many_at_once_and_others_leave(tmp_path):
 def test_an_exhausted_cache_preempts_and_all_are_answered(tmp_path):
     asked = [pair for index in range(2) for pair in questions(index=index)]
     # Room for one of the longest prompts and little more.
-    with serving(tmp_path, "--kv-cache-memory-bytes", str(9 << 20)) as server:
+    size = 5 << 20 if ON_GPU else 9 << 20
+    with serving(tmp_path, "--kv-cache-memory-bytes", str(size)) as server:
         assert sum(ask_all(server, asked)[0]) >= 14
