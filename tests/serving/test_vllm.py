@@ -22,6 +22,8 @@ pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).parents[2]
 # Two workers share the cores of one socket.
 ENVIRONMENT = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+if ON_GPU:
+    ENVIRONMENT.pop("TRITON_INTERPRET", None)
 NO_CHUNKS = {"enable_chunked_prefill": False, "max_num_batched_tokens": 8192}
 SMALL_CHUNKS = {"max_num_batched_tokens": 1000}
 CASES = {
@@ -109,7 +111,12 @@ class Server:
         ]
         with log.open("a") as file:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True
+                command,
+                cwd=ROOT,
+                env=ENVIRONMENT,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
             )
         deadline = time.monotonic() + 200
         while not self.is_up():

@@ -77,10 +77,10 @@ def find_chunks(
     flags = common.is_prefilling
     flags = [True] * common.num_reqs if flags is None else flags.tolist()
     chunks, dense = [], dict[str, int]()
-    for request in range(common.num_reqs):
+    for request in range(min(common.num_reqs, len(flags))):  # the rest pads a captured graph
         chunk = Chunk(request, starts[request], starts[request + 1], int(lengths[request]))
         if not flags[request] or chunk.stop == chunk.start:
-            continue  # a decoding step, or padding of a captured graph
+            continue  # a decoding step, or nothing
         if chunk.num_keys < min_keys:
             reason = f"fewer keys than min_keys={min_keys}"
         elif not chunk.is_whole and chunk.stop - chunk.start < min_queries:
