@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import http.client
 import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +24,7 @@ from experiments.settings.config import ConfigError
 START = 1800
 # Of the server's log, what an error shows.
 NUM_LOG_CHARACTERS = 3000
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,12 @@ def free_port() -> int:
         return port
 
 
+def _end_with_parent() -> None:
+    """In a new process: it gets SIGTERM when its parent dies, by whatever signal. Linux alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 @contextmanager
 def started(words: Sequence[str], port: int, log: Path) -> Iterator[VllmServer]:
     """A server as long as the context lasts.
@@ -173,7 +182,9 @@ def started(words: Sequence[str], port: int, log: Path) -> Iterator[VllmServer]:
     """
     server = VllmServer(f"http://127.0.0.1:{port}")
     with log.open("w") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(
+            words, stdout=file, stderr=file, start_new_session=True, preexec_fn=_end_with_parent
+        )
     try:
         deadline = time.monotonic() + START
         while not server.is_up():

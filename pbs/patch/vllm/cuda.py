@@ -16,6 +16,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
+from pbs.methods.base import AttentionMethod
 from pbs.patch.vllm.batch import Split, split_batch
 from pbs.patch.vllm.layer import SparseLayer, reasons
 from pbs.patch.vllm.settings import ServingSettings
@@ -149,7 +150,11 @@ class SparseFlashLayer(FlashAttentionImpl):
         stock = super().forward
         scales = (output_scale, output_block_scale)
         if attn_metadata is None and self.pbs is not None and not self.pbs.reason:
-            self._claim_memory(query)
+            heads = gathered_heads(self.pbs.method, self.num_heads, self.num_kv_heads)
+            # In vLLM's profiling run, or the cache gets the memory.
+            torch.empty(
+                (self.pbs_max_keys, heads, self.head_size), dtype=query.dtype, device=query.device
+            )
         if self.pbs is None or getattr(attn_metadata, "pbs", None) is None:
             return stock(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
         return self.pbs.forward(
@@ -168,14 +173,20 @@ class SparseFlashLayer(FlashAttentionImpl):
             ),
         )
 
-    def _claim_memory(self, query: Tensor) -> None:
-        """In vLLM's profiling run, what the longest prompt takes, or the cache gets that memory.
 
-        Keys and values read from pages, and the keys in their order once per query head.
-        """
-        heads = self.num_heads + 2 * self.num_kv_heads
-        shape = (self.pbs_max_keys, heads, self.head_size)
-        torch.empty(shape, dtype=query.dtype, device=query.device)
+def gathered_heads(method: AttentionMethod, num_heads: int, num_kv_heads: int) -> int:
+    """Heads of keys and values that a call holds beside the cache: of pages, and in their order.
+
+    Args:
+        method: the layer's.
+        num_heads: Hq.
+        num_kv_heads: Hkv.
+    """
+    facts = method.facts
+    if facts is None or not facts.moves_keys:
+        return 2 * num_kv_heads
+    is_shared = getattr(method, "gqa", "") == "shared"
+    return 2 * num_kv_heads + 2 * (num_kv_heads if is_shared else num_heads)
 
 
 def read_pages(kv_cache: Tensor, block_table: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:

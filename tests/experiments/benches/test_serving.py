@@ -1,7 +1,10 @@
 """``bench=serving`` against a stand-in for a server; a real one: ``make test-vllm``."""
 
 import json
+import subprocess
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pandas as pd
@@ -10,10 +13,20 @@ from transformers import AutoTokenizer
 
 from experiments.benches.needle_tasks import encode, make_sample
 from experiments.benches.serving import ServingBench
-from experiments.benches.vllm_server import VllmServer, started
+from experiments.benches.vllm_server import VllmServer, free_port, started
 from experiments.benches.vllm_server import command as command_line
 from experiments.results import load
 from experiments.settings.config import ROOT, ConfigError
+
+
+SERVE = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -127,3 +140,26 @@ def test_what_is_started_and_what_is_said_when_it_does_not_start(tmp_path):
     fails = ["python3", "-c", "print('no such model'); raise SystemExit(1)"]
     with pytest.raises(RuntimeError, match="no such model"), started(fails, 9, tmp_path / "log"):
         pass
+
+
+def test_a_server_ends_with_a_killed_run(tmp_path):
+    port = free_port()
+    serve = [sys.executable, "-c", SERVE, str(port)]
+    script = f"""
+import pathlib, time
+from experiments.benches.vllm_server import started
+with started({serve!r}, {port}, pathlib.Path({str(tmp_path / "log")!r})):
+    print("up", flush=True)
+    time.sleep(60)
+"""
+    run = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert run.stdout.readline() == "up\n"
+    run.kill()
+    run.wait()
+    server = VllmServer(f"http://127.0.0.1:{port}")
+    deadline = time.monotonic() + 10
+    while server.is_up():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

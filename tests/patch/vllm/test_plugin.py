@@ -138,6 +138,8 @@ def test_only_prompts_need_no_rest_and_only_decoding_no_method(platform):
     assert [chunk.request for chunk in builder.build(0, prompt).pbs.chunks] == [1, 3]
     decoding = common.replace(is_prefilling=torch.tensor([False] * 5))
     assert builder.build(0, decoding).pbs is None
+    padded = common.replace(is_prefilling=torch.tensor([False] * 3))  # a captured graph's sizes
+    assert builder.build(0, padded).pbs is None
     one = common.replace(
         num_reqs=1,
         query_start_loc_cpu=torch.tensor([0, 700]),
@@ -166,6 +168,19 @@ def test_what_stays_dense_is_counted_with_its_reason(platform, settings, layer, 
     counts = counters.COUNTERS.to_dict()["3"]
     assert counts["sparse"] == counts["tiles"] == 0
     assert counts["dense"][reason] >= 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "heads"),
+    [({}, 2 * 8 + 2 * 32), ({"gqa": "shared"}, 4 * 8), ({"method": "xattention"}, 2 * 8)],
+)
+@pytest.mark.parametrize("platform", ["cuda"], indirect=True)
+def test_memory_beside_the_cache_is_claimed(platform, settings, heads):
+    platform(SPARSE)  # stand-ins for vLLM
+    from pbs.patch.vllm.cuda import gathered_heads
+
+    method = ServingSettings.of(config_of(settings)).build()
+    assert gathered_heads(method, num_heads=32, num_kv_heads=8) == heads
 
 
 @pytest.mark.parametrize("platform", ["cuda"], indirect=True)
