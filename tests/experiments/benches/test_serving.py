@@ -18,7 +18,6 @@ from experiments.benches.vllm_server import command as command_line
 from experiments.results import load
 from experiments.settings.config import ROOT, ConfigError
 
-
 SERVE = """
 import http.server, sys
 class Handler(http.server.BaseHTTPRequestHandler):
