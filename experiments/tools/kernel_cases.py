@@ -142,8 +142,27 @@ def _antidiagonal() -> dict[str, Case]:
     for dtype, head_dim, tile in (("bf16", 128, 128), ("bf16", 64, 128), ("fp32", 128, 8)):
         x = _tensor(head_dim, dtype)
         found[f"tile log-sums {dtype} D={head_dim} T={tile}"] = partial(
-            tile_logsumexp, x, x, bounds, bounds, tile=tile, scale=1.0, backend="triton"
+            tile_logsumexp,
+            *(x, x, bounds),
+            tile=tile,
+            scale=1.0,
+            natural=x,
+            until=bounds,
+            backend="triton",
         )
+    from pbs.ops.tile_masses import tile_masses
+
+    tiles = NUM_TOKENS // 128
+    sums, counts = torch.zeros(1, 4, tiles, 8, tiles), torch.ones(tiles, dtype=torch.int32)
+    found["tile masses"] = partial(
+        tile_masses,
+        *(sums, counts, counts),
+        power=4.0,
+        smooth=sums,
+        smooth_counts=counts,
+        share=0.5,
+        backend="triton",
+    )
     from pbs.ops.key_power_sums import key_power_sums
 
     ends = torch.zeros(NUM_TOKENS, dtype=torch.int32)

@@ -15,12 +15,13 @@ from pbs.checks import check_block_size, check_positive_int
 from pbs.ops.grid import BlockGrid
 from pbs.ops.pooling import mean_pool
 from pbs.ops.tile_logsumexp import tile_logsumexp
+from pbs.ops.tile_masses import tile_masses
 from pbs.selectors.base import Selector
 from pbs.selectors.own import OwnKeys
 
-# Masses held at once: 2^22 fp32 values are 16 MB. A GPU needs rows enough to fill it: 128 MB.
+# Log-sums held at once: 2^22 fp32 values are 16 MB. A GPU needs rows enough to fill it: 256 MB.
 MAX_SCORES = 1 << 22
-MAX_SCORES_GPU = 1 << 25
+MAX_SCORES_GPU = 1 << 26
 
 
 @dataclass(kw_only=True)
@@ -78,37 +79,36 @@ class SampledSelector(Selector):
         positions = torch.arange(grid.offset, grid.num_keys, device=q.device)[None, None]
         if own is not None:
             positions = own.positions(grid)
-        rows, is_row = self._rows(q.shape[1], grid, q.device)  # [H, Tq, r]
-        group = min(self.group, grid.key_tile) if self.share else 0
-        pooled: tuple[Tensor, Tensor, Tensor] | None = None
-        if group:
-            means = mean_pool(k, group)
-            others = means if natural is k else mean_pool(natural, group)
-            pooled = mean_pool(q, group), means, others
+        rows, counts = self._rows(q.shape[1], grid, q.device)  # [H, Tq, r], [Tq]
+        smooth: _Smooth | None = None
+        if self.share and self.group:
+            smooth = _Smooth.of(q, k, natural, min(self.group, grid.key_tile), grid)
         scores = q.new_zeros(
             *q.shape[:2], grid.num_query_tiles, grid.num_key_tiles, dtype=torch.float32
         )
-        per_head = q.shape[1] // natural.shape[1]
-        size = q.shape[0] * per_head * (rows.shape[2] + grid.query_tile // (group or 128))
+        each = rows.shape[2] + (0 if smooth is None else smooth.each)
         limit = MAX_SCORES_GPU if q.is_cuda else MAX_SCORES
-        step = max(1, limit // (size * grid.num_key_tiles))
-        for head in range(natural.shape[1]):
-            heads = slice(head * per_head, (head + 1) * per_head)
-            for first in range(0, grid.num_query_tiles, step):
-                tiles = slice(first, min(first + step, grid.num_query_tiles))
-                part = _Part(heads, tiles, limits[tiles], moved[tiles], scale)
-                index, kept = rows[heads, tiles], is_row[tiles]
-                exact = part.exact(q, k, natural, index, positions, grid)  # [Z, G, t, r, Tk]
-                joined = _power_mean(exact, kept, self.power)
-                if pooled is not None:
-                    smooth = part.pooled(*pooled, group, grid)  # [Z, G, t, Tk]
-                    total = joined.sum(dim=-1, keepdim=True)
-                    joined = (1 - self.share) * joined + self.share * smooth * total
-                scores[:, heads, tiles] = joined
+        step = max(1, limit // (q.shape[0] * q.shape[1] * each * grid.num_key_tiles))
+        for first in range(0, grid.num_query_tiles, step):
+            tiles = slice(first, min(first + step, grid.num_query_tiles))
+            width = grid.num_key_tiles
+            if own is None or own.query_order is None:  # no row sees later tiles
+                width = grid.num_causal_key_tiles(tiles.stop)
+            part = _Part(tiles, width, limits[tiles], moved[tiles], scale, grid.key_tile)
+            second = None if smooth is None else smooth.sums(part)
+            scores[:, :, tiles, :width] = tile_masses(
+                part.sums(q, k, natural, rows[:, tiles], positions),
+                counts[tiles],
+                limits[tiles],
+                power=self.power,
+                smooth=second,
+                smooth_counts=None if smooth is None else smooth.counts[tiles],
+                share=self.share,
+            )
         return scores, (1 - scores.sum(dim=-1)).clamp(min=0.0)
 
     def _rows(self, num_heads: int, grid: BlockGrid, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Which rows of q stand for each tile, int64 ``[H, Tq, r]``, and which count, bool."""
+        """Rows of q that stand for a tile, int64 ``[H, Tq, r]``; how many count, int ``[Tq]``."""
         tiles = torch.arange(grid.num_query_tiles, device=device)[:, None]
         first = tiles * grid.query_tile
         counts = (grid.num_queries - first).clamp(max=grid.query_tile)
@@ -117,7 +117,7 @@ class SampledSelector(Selector):
         heads = torch.arange(num_heads, device=device)[:, None, None]
         offsets = (5 * heads + 3 * tiles) % steps
         rows = (first + places + offsets).clamp(max=grid.num_queries - 1)
-        return rows, places < counts
+        return rows, (places < counts).sum(dim=-1)
 
     @override
     def arranged_scores(
@@ -136,96 +136,97 @@ class SampledSelector(Selector):
 
 @dataclass(frozen=True)
 class _Part:
-    """Some query tiles of the heads of a key/value head; t tiles, G heads.
+    """Some query tiles; t tiles.
 
     Attributes:
-        heads: the query heads.
-        tiles: the query tiles.
+        tiles: which.
+        width: no row of them sees more key tiles.
         limits: candidates of each tile, int ``[t]``.
         moved: those of keys in plan order, int ``[t]``; later ones are of keys in natural order.
         scale: factor of the logits.
+        tile: keys of a key tile.
     """
 
-    heads: slice
     tiles: slice
+    width: int
     limits: Tensor
     moved: Tensor
     scale: float
+    tile: int
 
-    def exact(
-        self, q: Tensor, k: Tensor, natural: Tensor, rows: Tensor, seen: Tensor, grid: BlockGrid
-    ) -> Tensor:
-        """The attention of rows ``[G, t, r]`` to each candidate block, ``[Z, G, t, r, Tk]``.
+    def sums(self, q: Tensor, k: Tensor, natural: Tensor, rows: Tensor, seen: Tensor) -> Tensor:
+        """Log-sums of rows ``[H, t, r]`` over all that they see, ``[Z, H, t, r, width]``.
 
-        ``seen`` is the position of each query, ``[1 or Z, 1 or Hq, Nq]``.
+        ``seen`` is the position of each query, ``[1 or Z, 1 or H, Nq]``.
         """
         index = rows.flatten(1)[None].expand(q.shape[0], -1, -1)
-        queries = q[:, self.heads].gather(2, index[..., None].expand(-1, -1, -1, q.shape[3]))
-        until = seen.expand(q.shape[0], q.shape[1], -1)[:, self.heads].gather(2, index) + 1
-        ends = self.moved.repeat_interleave(rows.shape[2]).expand_as(until) * grid.key_tile
+        queries = q.gather(2, index[..., None].expand(-1, -1, -1, q.shape[3]))
+        until = seen.expand(q.shape[0], q.shape[1], -1).gather(2, index) + 1
+        ends = self.moved.repeat_interleave(rows.shape[2]).expand(q.shape[1], -1) * self.tile
         # Moved queries stand elsewhere in each sequence.
         sequences = [slice(i, i + 1) for i in range(q.shape[0])] if len(seen) > 1 else [slice(None)]
         held = [
-            self._held(queries[z], k[z], natural[z], ends[z][0], until[z][0], grid.key_tile)
+            self.log_sums(queries[z], k[z], natural[z], ends, until[z][0], self.tile)
             for z in sequences
         ]
-        sums = torch.cat(held).unflatten(2, rows.shape[1:])
-        # Every row sees its own key.
-        return self._of_candidates(sums.softmax(dim=-1), 1)
+        return torch.cat(held).unflatten(2, rows.shape[1:])
 
-    def pooled(self, q: Tensor, k: Tensor, natural: Tensor, group: int, grid: BlockGrid) -> Tensor:
-        """Probability of each candidate block by pooled queries and keys, ``[Z, G, t, Tk]``."""
-        each, wide = grid.query_tile // group, grid.key_tile // group
-        rows = q[:, self.heads, self.tiles.start * each : self.tiles.stop * each]
-        count = rows.shape[2]
-        ends, until = (
-            (x.repeat_interleave(each)[:count] * wide).expand(rows.shape[1], -1)
-            for x in (self.moved, self.limits)
-        )
-        sums = self._held(rows, k, natural, ends, until, wide)
-        weights = sums.softmax(dim=-1).nan_to_num_()  # of rows without candidates
-        padding = each * len(self.limits) - count
-        weights = torch.nn.functional.pad(weights, (0, 0, 0, padding))
-        totals = weights.unflatten(2, (-1, each)).sum(dim=3)
-        tiles = torch.arange(len(self.limits), device=q.device)
-        members = (count - tiles * each).clamp(max=each)
-        return self._of_candidates(totals / members[:, None], 0)
-
-    def _held(
+    def log_sums(
         self, rows: Tensor, k: Tensor, natural: Tensor, ends: Tensor, until: Tensor, tile: int
     ) -> Tensor:
         """Log-sums of moved keys up to ``ends`` and natural ones from there ``until``."""
-        kv = self.heads.start // rows.shape[1]
-        own = natural[:, kv : kv + 1]
+        num_keys = self.width * tile
+        k, natural = k[:, :, :num_keys], natural[:, :, :num_keys]
         if k.data_ptr() == natural.data_ptr():  # no key has moved
-            return tile_logsumexp(
-                rows, own, torch.zeros_like(ends), until, tile=tile, scale=self.scale
-            )
-        per_order = k.shape[1] // natural.shape[1]
-        keys = k[:, kv * per_order : (kv + 1) * per_order]
-        first = tile_logsumexp(
-            rows, keys, torch.zeros_like(ends), ends, tile=tile, scale=self.scale
-        )
-        return torch.maximum(
-            first, tile_logsumexp(rows, own, ends, until, tile=tile, scale=self.scale)
+            return tile_logsumexp(rows, k, until, tile=tile, scale=self.scale)
+        return tile_logsumexp(
+            rows, k, ends, natural=natural, until=until, tile=tile, scale=self.scale
         )
 
-    def _of_candidates(self, weights: Tensor, num_between: int) -> Tensor:
-        """0 at blocks that are no candidates; so many dims stand between tiles and blocks."""
-        blocks = torch.arange(weights.shape[-1], device=weights.device)
-        keep = blocks < self.limits[:, None]
-        return weights * keep.view(len(keep), *[1] * num_between, -1)
 
+@dataclass(frozen=True)
+class _Smooth:
+    """Queries and keys pooled by a few tokens; e pooled queries of a tile.
 
-def _power_mean(mass: Tensor, is_row: Tensor, power: float) -> Tensor:
-    """Over the rows of ``[Z, H, t, r, n]`` that count, with the total that the plain mean has."""
-    mass = mass * is_row[..., None]
-    count = is_row.sum(dim=-1)[:, None]
-    mean = mass.sum(dim=3) / count
-    if power == 1:
-        return mean
-    # Powers of small numbers vanish: the largest is 1 first.
-    largest = mass.amax(dim=(3, 4), keepdim=True).clamp(min=1e-30)
-    joined = ((mass / largest).pow_(power).sum(dim=3) / count).pow_(1 / power)
-    total = joined.sum(dim=-1, keepdim=True).clamp(min=1e-30)
-    return joined * (mean.sum(dim=-1, keepdim=True) / total)
+    Attributes:
+        q: means of queries, ``[Z, H, Tq e, D]``.
+        k: means of keys in plan order.
+        natural: of those in natural order.
+        each: e.
+        wide: pooled keys of a key tile.
+        counts: how many leading pooled queries of a tile exist, int ``[Tq]``.
+    """
+
+    q: Tensor
+    k: Tensor
+    natural: Tensor
+    each: int
+    wide: int
+    counts: Tensor
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, natural: Tensor, group: int, grid: BlockGrid) -> _Smooth:
+        """Pooled by ``group`` tokens."""
+        means = mean_pool(q, group)
+        each, count = grid.query_tile // group, means.shape[2]
+        tiles = torch.arange(grid.num_query_tiles, device=q.device)
+        padding = grid.num_query_tiles * each - count
+        keys = mean_pool(k, group)
+        return cls(
+            torch.nn.functional.pad(means, (0, 0, 0, padding)) if padding else means,
+            keys,
+            keys if natural is k else mean_pool(natural, group),
+            each,
+            grid.key_tile // group,
+            (count - tiles * each).clamp(max=each),
+        )
+
+    def sums(self, part: _Part) -> Tensor:
+        """Log-sums over the candidates of each tile, ``[Z, H, t, e, width]``."""
+        rows = self.q[:, :, part.tiles.start * self.each : part.tiles.stop * self.each]
+        ends, until = (
+            (x.repeat_interleave(self.each) * self.wide).expand(rows.shape[1], -1)
+            for x in (part.moved, part.limits)
+        )
+        sums = part.log_sums(rows, self.k, self.natural, ends, until, self.wide)
+        return sums.unflatten(2, (-1, self.each))

@@ -17,6 +17,7 @@ from pbs.ops.permutation import (
 )
 from pbs.ops.pooling import mean_pool
 from pbs.ops.tile_logsumexp import tile_logsumexp
+from pbs.ops.tile_masses import tile_masses
 from pbs.testing import assert_within_budget, make_qkv
 from tests.methods.cases import CASES, build
 from tests.ops.attention_truth import causal_mask, eager_attention, exact_attention
@@ -163,11 +164,29 @@ def test_fused_order_gather_and_means_match_their_references(segment_size, head_
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_log_sums_of_tiles_match_their_reference(tile, dtype, head_dim):
     q, k, _ = make_qkv(2, 8, 2, 1000, head_dim, dtype=dtype, structure="mixed")
-    ends = torch.arange(1000).expand(8, -1) // 3 * 3
+    moved = k.roll(1, dims=2)
+    until = torch.arange(1000).expand(8, -1) + 1
+    ends = until // 256 * 256
     arguments = {"tile": tile, "scale": head_dim**-0.5}
-    expected = tile_logsumexp(q, k, ends * 0, ends, **arguments)
-    got = tile_logsumexp(q.cuda(), k.cuda(), ends.cuda() * 0, ends.cuda(), **arguments)
+    expected = tile_logsumexp(q, moved, ends, natural=k, until=until, **arguments)
+    got = tile_logsumexp(
+        *(x.cuda() for x in (q, moved, ends)), natural=k.cuda(), until=until.cuda(), **arguments
+    )
     torch.testing.assert_close(got.cpu(), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("num_tiles", [63, 1000, 4096])
+def test_masses_of_tiles_match_their_reference(num_tiles):
+    generator = torch.Generator().manual_seed(0)
+    sums, smooth = (torch.randn(2, 3, 5, 8, num_tiles, generator=generator) * 9 for _ in "ab")
+    counts = torch.tensor([8, 8, 3, 1, 8], dtype=torch.int32)
+    limits = torch.tensor([0, 5, num_tiles // 2, num_tiles - 1, num_tiles], dtype=torch.int32)
+    smooth = smooth.masked_fill(torch.arange(num_tiles) >= limits[:, None, None], float("-inf"))
+    settings = {"power": 4.0, "share": 0.5}
+    expected = tile_masses(sums, counts, limits, smooth=smooth, smooth_counts=counts, **settings)
+    sums, smooth, counts, limits = (x.cuda() for x in (sums, smooth, counts, limits))
+    got = tile_masses(sums, counts, limits, smooth=smooth, smooth_counts=counts, **settings)
+    torch.testing.assert_close(got.cpu(), expected, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

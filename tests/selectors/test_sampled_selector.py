@@ -6,6 +6,7 @@ import torch
 from experiments.gate.coverage import measure_coverage
 from pbs import BlockGrid, build_method
 from pbs.ops.grid import candidate_tiles
+from pbs.ops.tile_masses import tile_masses
 from pbs.selectors.oracle import OracleSelector
 from pbs.selectors.own import OwnKeys
 from pbs.selectors.sampled import SampledSelector
@@ -41,11 +42,12 @@ def test_any_setting_keeps_what_a_row_holds_in_all():
 
 
 def test_a_block_that_one_row_needs_outranks_one_that_all_want_a_little():
-    mass = torch.tensor([[0.02, 0.1]] * 7 + [[0.6, 0.1], [9.0, 9.0]])[None, None, None]
-    is_row = torch.tensor([[True] * 8 + [False]])
-    from pbs.selectors.sampled import _power_mean
-
-    mean, power = (_power_mean(mass, is_row, power)[0, 0, 0] for power in (1.0, 4.0))
+    mass = torch.tensor([[0.02, 0.1, 0.88]] * 7 + [[0.6, 0.1, 0.3], [9.0, 9.0, 9.0]])
+    one, limit = torch.tensor([8]), torch.tensor([2])
+    mean, power = (
+        tile_masses(mass.log()[None, None, None], one, limit, power=power)[0, 0, 0, :2]
+        for power in (1.0, 4.0)
+    )
     assert mean[0] < mean[1]
     assert power[0] > power[1]
     assert float(power.sum()) == pytest.approx(float(mean.sum()))

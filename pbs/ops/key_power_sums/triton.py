@@ -14,10 +14,11 @@ from pbs.ops.primitives import LOG2_E, finite, load_rows, offset
 from pbs.ops.tile_logsumexp.triton import tile_logsumexp
 
 LN_2 = 1 / LOG2_E
-# Keys of a program and rows of a step; halves of them for elements of 4 bytes, which spill.
-BLOCK = 64
-# Keys of a partial log-sum.
-TILE = 128
+# Keys of a program and rows of a step; few where there are no matrix units.
+BLOCK = 128
+BLOCK_FP32 = 32
+# Partial log-sums held at once: 2^26 fp32 values are 256 MB.
+MAX_PARTS = 1 << 26
 
 
 @triton.jit
@@ -78,16 +79,19 @@ def key_power_sums(
     num_keys, groups = keys.shape[2], num_heads // keys.shape[1]
     ends = ends.int().contiguous()
     norms = rows.new_empty(batch, num_heads, num_rows, dtype=torch.float32)
-    for head in range(keys.shape[1]):  # [R, Tk] log-sums of a group's heads at a time
-        heads = slice(head * groups, (head + 1) * groups)
-        stop = ends.expand(groups, -1)
+    block = BLOCK if rows.element_size() < 4 else BLOCK_FP32
+    step = max(1, MAX_PARTS // (batch * groups * num_rows * triton.cdiv(num_keys, block)))
+    for head in range(0, keys.shape[1], step):  # [R, Tk] log-sums of some heads at a time
+        heads = slice(head * groups, (head + step) * groups)
         parts = tile_logsumexp(
-            *(rows[:, heads], keys[:, head : head + 1], torch.zeros_like(stop), stop),
-            tile=TILE,
+            *(rows[:, heads], keys[:, head : head + step]),
+            ends.expand(min(groups * step, num_heads - head * groups), -1),
+            tile=block,
             scale=scale,
+            natural=None,
+            until=None,
         )
         norms[:, heads] = parts.logsumexp(dim=-1)
-    block = BLOCK if rows.element_size() < 4 else BLOCK // 2
     begins = torch.arange(0, num_keys, block, dtype=torch.int32, device=rows.device)
     firsts = torch.searchsorted(ends, begins, right=True, out_int32=True)
     sums = rows.new_empty(batch, num_heads, num_keys, dtype=torch.float32)
@@ -110,5 +114,8 @@ def key_power_sums(
         HEAD_DIM=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),
         BLOCK=block,
+        num_warps=8 if block == BLOCK else 4,
+        num_stages=2,
+        maxnreg=128 if block == BLOCK else None,  # two programs on a multiprocessor
     )
     return sums

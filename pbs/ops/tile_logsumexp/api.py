@@ -10,11 +10,12 @@ from pbs.ops.backends import backend_module
 def tile_logsumexp(
     rows: Tensor,
     keys: Tensor,
-    begins: Tensor,
     ends: Tensor,
     *,
     tile: int,
     scale: float,
+    natural: Tensor | None = None,
+    until: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """log of the sum of exp(logit) over each tile of keys, for any set of query rows.
@@ -25,22 +26,29 @@ def tile_logsumexp(
     Args:
         rows: ``[Z, Hq, R, D]``.
         keys: ``[Z, Ho, Nk, D]`` in rows' dtype, Hq a multiple of Ho.
-        begins: the first key that a row sees, a multiple of ``tile``, int ``[Hq, R]``.
-        ends: one past its last key, int ``[Hq, R]``, at most Nk; at most ``begins``: it sees none.
+        ends: one past the last key that a row sees, int ``[Hq, R]``, at most Nk.
         tile: keys per tile; a power of two for the Triton backend.
         scale: factor of the logits, positive.
+        natural: keys in another order, ``[Z, Hkv, Nk, D]``, of which a row sees those from its end
+            on; ends are then multiples of ``tile``.
+        until: one past the last of those, int ``[Hq, R]``, at most Nk; at or before the row's end:
+            it sees none.
         backend: "auto", "reference" or "triton".
 
     Returns:
         fp32 ``[Z, Hq, R, Tk]``; -inf where a row sees no key of a tile.
 
     Raises:
-        ValueError: bounds of another shape.
+        ValueError: bounds of another shape, or one of ``natural`` and ``until`` without the other.
     """
     expected = (rows.shape[1], rows.shape[2])
-    for name, bounds in (("begins", begins), ("ends", ends)):
-        if tuple(bounds.shape) != expected:
+    if (natural is None) != (until is None):
+        raise ValueError("natural and until belong together: give both, or neither")
+    for name, bounds in (("ends", ends), ("until", until)):
+        if bounds is not None and tuple(bounds.shape) != expected:
             raise ValueError(f"expected {name} {list(expected)}, got {list(bounds.shape)}")
     module = backend_module("tile_logsumexp", backend, rows)
-    sums: Tensor = module.tile_logsumexp(rows, keys, begins, ends, tile=tile, scale=scale)
+    sums: Tensor = module.tile_logsumexp(
+        rows, keys, ends, natural=natural, until=until, tile=tile, scale=scale
+    )
     return sums

@@ -10,9 +10,26 @@ MAX_LOGITS = 1 << 22
 
 
 def tile_logsumexp(
-    rows: Tensor, keys: Tensor, begins: Tensor, ends: Tensor, *, tile: int, scale: float
+    rows: Tensor,
+    keys: Tensor,
+    ends: Tensor,
+    *,
+    tile: int,
+    scale: float,
+    natural: Tensor | None,
+    until: Tensor | None,
 ) -> Tensor:
     """See :func:`pbs.ops.tile_logsumexp.api.tile_logsumexp`."""
+    sums = _sums(rows, keys, torch.zeros_like(ends), ends, tile=tile, scale=scale)
+    if natural is None or until is None:
+        return sums
+    # A tile belongs to one of the two: the other says -inf.
+    return torch.maximum(sums, _sums(rows, natural, ends, until, tile=tile, scale=scale))
+
+
+def _sums(
+    rows: Tensor, keys: Tensor, begins: Tensor, ends: Tensor, *, tile: int, scale: float
+) -> Tensor:
     batch, num_heads, num_rows, _ = rows.shape
     num_tiles = -(-keys.shape[2] // tile)
     sums = rows.new_full(

@@ -1,6 +1,6 @@
 """Triton: a program holds some rows and passes over the tiles they see, each written once.
 
-Legend: see :mod:`pbs.ops.grid`; M rows of a program, T keys of a tile.
+Legend: see :mod:`pbs.ops.grid`; M rows of a program, T keys of a step.
 """
 
 from __future__ import annotations
@@ -13,21 +13,48 @@ from torch import Tensor
 from pbs.ops.primitives import LOG2_E, finite, load_rows, offset
 
 LN_2 = 1 / LOG2_E
-# Rows of a program, and keys of a product at least (smaller tiles are computed several at a time);
-# halves of them for elements of 4 bytes, which spill otherwise.
-BLOCK_M = 64
-MIN_WIDTH = 64
+
+
+@triton.jit
+def _write_tiles(
+    sums_ptr,
+    logits,
+    places,
+    is_row,
+    start,
+    num_tiles,
+    ln_2,
+    TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """The log-sum of each tile of base-2 logits [M, T]; masked ones: where a row sees any key."""
+    BLOCK_M: tl.constexpr = logits.shape[0]
+    WIDTH: tl.constexpr = logits.shape[1]
+    logits = tl.reshape(logits, [BLOCK_M, WIDTH // TILE, TILE])
+    largest = tl.max(logits, 2)  # [M, tiles]
+    reference = largest
+    if MASKED:
+        reference = finite(largest)
+    held = tl.sum(tl.exp2(logits - reference[:, :, None]), 2)
+    value = (reference + tl.log2(tl.maximum(held, 1e-37))) * ln_2
+    tiles = start // TILE + tl.arange(0, WIDTH // TILE)
+    keep = is_row[:, None] & (tiles < num_tiles)[None, :]
+    if MASKED:
+        keep = keep & (held > 0.0)
+    tl.store(sums_ptr + places[:, None] + tiles[None, :], value, mask=keep)
 
 
 @triton.jit
 def tile_logsumexp_kernel(
     rows_ptr,
     keys_ptr,
-    begins_ptr,
+    natural_ptr,
     ends_ptr,
+    until_ptr,
     sums_ptr,
     rows_strides,
     keys_strides,
+    natural_strides,
     num_heads,
     num_rows,
     num_keys,
@@ -35,62 +62,91 @@ def tile_logsumexp_kernel(
     scale_log2,
     ln_2,
     GROUP: tl.constexpr,
+    NATURAL_GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
+    HAS_NATURAL: tl.constexpr,
 ):
     """One program: some rows of one head."""
     plane = tl.program_id(1).to(tl.int64)
     batch, head = plane // num_heads, plane % num_heads
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
+    # Later rows see more keys: the longest programs start first.
+    part = tl.num_programs(0) - 1 - tl.program_id(0)
+    rows = part * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
     is_row = rows < num_rows
     dims = tl.arange(0, BLOCK_D)
-    begins = tl.load(begins_ptr + head * num_rows + rows, mask=is_row, other=num_keys)
-    ends = tl.load(ends_ptr + head * num_rows + rows, mask=is_row, other=0)
+    bounds = head * num_rows + rows
+    ends = tl.load(ends_ptr + bounds, mask=is_row, other=0)
     q_base = rows_ptr + offset(rows_strides, batch, head)
     q = load_rows(q_base, rows, rows_strides[2], is_row, dims, HEAD_DIM)  # [M, D]
     k_base = keys_ptr + offset(keys_strides, batch, head // GROUP)
     places = (plane * num_rows + rows) * num_tiles  # [M]
-    first = tl.min(begins, 0) // WIDTH * WIDTH
-    for start in range(first, tl.max(ends, 0), WIDTH):
+    first = tl.min(tl.where(is_row, ends, num_keys), 0) // WIDTH * WIDTH
+    last = tl.max(ends, 0)
+    # 1. Keys that all rows see: no mask. They are whole steps, so all keys exist.
+    for start in range(0, first, WIDTH):
         tokens = start + tl.arange(0, WIDTH)  # [T]
-        k = load_rows(k_base, tokens, keys_strides[2], tokens < num_keys, dims, HEAD_DIM)  # [T, D]
+        k = load_rows(k_base, tokens, keys_strides[2], tokens >= 0, dims, HEAD_DIM)  # [T, D]
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [M, T]
-        seen = (tokens[None, :] >= begins[:, None]) & (tokens[None, :] < ends[:, None])
+        _write_tiles(sums_ptr, logits, places, is_row, start, num_tiles, ln_2, TILE, False)
+    # 2. Keys that some rows see; then those in natural order, from each row's end on.
+    num_steps = tl.cdiv(last - first, WIDTH)
+    num_moved = num_steps
+    until = ends
+    n_base = k_base
+    if HAS_NATURAL:
+        until = tl.load(until_ptr + bounds, mask=is_row, other=0)
+        n_base = natural_ptr + offset(natural_strides, batch, head // NATURAL_GROUP)
+        num_steps += tl.cdiv(tl.max(until, 0) - first, WIDTH)
+    for step in range(0, num_steps):
+        is_moved = step < num_moved
+        start = first + tl.where(is_moved, step, step - num_moved) * WIDTH
+        tokens = start + tl.arange(0, WIDTH)
+        base = tl.where(is_moved, k_base, n_base)
+        stride = tl.where(is_moved, keys_strides[2], natural_strides[2])
+        k = load_rows(base, tokens, stride, tokens < num_keys, dims, HEAD_DIM)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        low = tl.where(is_moved, 0, ends)
+        high = tl.where(is_moved, ends, until)
+        seen = (tokens[None, :] >= low[:, None]) & (tokens[None, :] < high[:, None])
         logits = tl.where(seen, logits, float("-inf"))
-        logits = tl.reshape(logits, [BLOCK_M, WIDTH // TILE, TILE])
-        largest = tl.max(logits, 2)  # [M, tiles]
-        held = tl.sum(tl.exp2(logits - finite(largest)[:, :, None]), 2)
-        value = (largest + tl.log2(tl.maximum(held, 1e-37))) * ln_2
-        tiles = start // TILE + tl.arange(0, WIDTH // TILE)
-        keep = is_row[:, None] & (tiles < num_tiles)[None, :] & (held > 0.0)
-        tl.store(sums_ptr + places[:, None] + tiles[None, :], value, mask=keep)
+        _write_tiles(sums_ptr, logits, places, is_row, start, num_tiles, ln_2, TILE, True)
 
 
 def tile_logsumexp(
-    rows: Tensor, keys: Tensor, begins: Tensor, ends: Tensor, *, tile: int, scale: float
+    rows: Tensor,
+    keys: Tensor,
+    ends: Tensor,
+    *,
+    tile: int,
+    scale: float,
+    natural: Tensor | None,
+    until: Tensor | None,
 ) -> Tensor:
     """See :func:`pbs.ops.tile_logsumexp.api.tile_logsumexp`."""
-    rows, keys = (x if x.stride(3) == 1 else x.contiguous() for x in (rows, keys))
     batch, num_heads, num_rows, head_dim = rows.shape
     num_keys = keys.shape[2]
     num_tiles = triton.cdiv(num_keys, tile)
-    block_m, min_width = BLOCK_M, MIN_WIDTH
-    if rows.element_size() == 4:
-        block_m, min_width = BLOCK_M // 2, MIN_WIDTH // 2
     sums = rows.new_full(
         (batch, num_heads, num_rows, num_tiles), float("-inf"), dtype=torch.float32
     )
+    others = keys if natural is None else natural
+    rows, keys, others = (x if x.stride(3) == 1 else x.contiguous() for x in (rows, keys, others))
+    ends = ends.int().contiguous()
+    block_m, width, num_warps = _sizes(rows.element_size(), head_dim, tile)
     tile_logsumexp_kernel[(triton.cdiv(num_rows, block_m), batch * num_heads)](
         rows,
         keys,
-        begins.int().contiguous(),
-        ends.int().contiguous(),
+        others,
+        ends,
+        ends if until is None else until.int().contiguous(),
         sums,
         rows.stride(),
         keys.stride(),
+        others.stride(),
         num_heads,
         num_rows,
         num_keys,
@@ -98,10 +154,24 @@ def tile_logsumexp(
         scale * LOG2_E,
         LN_2,
         GROUP=num_heads // keys.shape[1],
+        NATURAL_GROUP=num_heads // others.shape[1],
         HEAD_DIM=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),
         BLOCK_M=block_m,
         TILE=tile,
-        WIDTH=max(tile, min_width),
+        WIDTH=width,
+        HAS_NATURAL=natural is not None,
+        num_warps=num_warps,
+        maxnreg=128 if num_warps == 8 else None,  # two programs on a multiprocessor
+        num_stages=2,
     )
     return sums
+
+
+def _sizes(element_size: int, head_dim: int, tile: int) -> tuple[int, int, int]:
+    """Rows of a program, keys of a step and warps, without spills (``make kernels``)."""
+    if element_size == 4:  # no matrix units: few of each
+        return 16 if tile > 32 else 32, max(tile, 32), 4
+    if head_dim > 128:
+        return 64, max(tile, 64), 4
+    return 128, max(tile, 128), 8
