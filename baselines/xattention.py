@@ -12,7 +12,8 @@ from pbs.checks import check_block_size, check_choice, check_table
 from pbs.methods.base import AttentionMethod, Call, Knob
 from pbs.methods.facts import Facts, at
 from pbs.ops.antidiagonal import antidiagonal_block_sums, query_groups
-from pbs.ops.grid import BlockGrid
+from pbs.ops.block_selection import select_top_p_blocks
+from pbs.ops.grid import BlockGrid, candidate_tiles
 from pbs.ops.plan import AttentionPlan
 from pbs.selectors.antidiagonal import check_stride
 
@@ -72,6 +73,10 @@ class XAttention(AttentionMethod):
         threshold = self._threshold_of(call.layer_idx, q.shape[1]).to(q.device)
         sums = antidiagonal_block_sums(q, k, stride=self.stride, scale=scale, grid=grid)
         total = query_groups(grid, self.stride, q.device).float()
+        if self.first_chunk != "reference" and self._thresholds.ndim == 0:
+            level = float(self._thresholds)  # on the CPU: no wait for the device
+            if 0 < level < 1:
+                return _plan_of_shares(sums / total, level, grid)
         tiles = torch.arange(grid.num_key_tiles, device=q.device)
         diagonal = _diagonal(grid, q.device)
         forced = diagonal | (tiles == 0)
@@ -98,6 +103,23 @@ class XAttention(AttentionMethod):
                 f"expected one threshold per query head ({num_heads}), got {len(thresholds)}"
             )
         return thresholds.reshape(-1, 1, 1)
+
+
+def _plan_of_shares(shares: Tensor, threshold: float, grid: BlockGrid) -> AttentionPlan:
+    """The first block, the diagonal, and the largest others until the threshold is reached.
+
+    As :func:`_select` for one threshold, without a sort where there is a kernel for it.
+    """
+    _, limits = candidate_tiles(grid, shares.device)
+    blocks, num_blocks = select_top_p_blocks(
+        shares,
+        threshold=threshold,
+        candidates=grid.last_positions(shares.device) // grid.key_tile + 1,
+        limits=limits,
+        forced=torch.zeros(1, 1, dtype=torch.int64, device=shares.device),
+        covered=torch.zeros_like(shares[..., 0]),
+    )
+    return AttentionPlan.from_lists(blocks, num_blocks, grid)
 
 
 def _select(sums: Tensor, forced: Tensor, goal: Tensor, *, skipped: int) -> Tensor:

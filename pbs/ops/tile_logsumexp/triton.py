@@ -16,7 +16,7 @@ LN_2 = 1 / LOG2_E
 
 
 @triton.jit
-def _write_tiles(
+def write_tiles(
     sums_ptr,
     logits,
     places,
@@ -91,7 +91,7 @@ def tile_logsumexp_kernel(
         tokens = start + tl.arange(0, WIDTH)  # [T]
         k = load_rows(k_base, tokens, keys_strides[2], tokens >= 0, dims, HEAD_DIM)  # [T, D]
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [M, T]
-        _write_tiles(sums_ptr, logits, places, is_row, start, num_tiles, ln_2, TILE, False)
+        write_tiles(sums_ptr, logits, places, is_row, start, num_tiles, ln_2, TILE, False)
     # 2. Keys that some rows see; then those in natural order, from each row's end on.
     num_steps = tl.cdiv(last - first, WIDTH)
     num_moved = num_steps
@@ -113,7 +113,7 @@ def tile_logsumexp_kernel(
         high = tl.where(is_moved, ends, until)
         seen = (tokens[None, :] >= low[:, None]) & (tokens[None, :] < high[:, None])
         logits = tl.where(seen, logits, float("-inf"))
-        _write_tiles(sums_ptr, logits, places, is_row, start, num_tiles, ln_2, TILE, True)
+        write_tiles(sums_ptr, logits, places, is_row, start, num_tiles, ln_2, TILE, True)
 
 
 def tile_logsumexp(
