@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from baselines.vertical_slash import last_query_scores
+from baselines.ranking import count_within, mask_within
+from baselines.vertical_slash import chunk_elements, last_query_scores
 from pbs.checks import check_block_size, check_positive_int, check_threshold
 from pbs.methods.base import AttentionMethod, Call, Knob
 from pbs.methods.facts import Facts, at
 from pbs.ops.grid import BlockGrid
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.pooling import block_logits, mean_pool, softmax_over
-
-# Probabilities of the last queries, and entries ranked together, held at once: 32 MiB in fp32.
-MAX_CHUNK_ELEMENTS = 1 << 23
 
 
 @dataclass(kw_only=True)
@@ -119,8 +117,7 @@ class FlexPrefill(AttentionMethod):
 
     def _budget(self, attention: Tensor, least: int, most: int) -> Tensor:
         """Blocks that hold γ of the attention if important tokens were contiguous, ``[Z, Hq]``."""
-        ranked = attention.sort(dim=-1, descending=True).values
-        count = (ranked.cumsum(dim=-1) <= self.gamma).sum(dim=-1) + 1
+        count = count_within(attention, self.gamma) + 1
         blocks = count // (self.budget_divisor or self.block_size) + 1
         return blocks.clamp(min=least, max=max(most, least))
 
@@ -159,16 +156,20 @@ class FlexPrefill(AttentionMethod):
         The block that crosses γ is left out, as in the original: rows with peaked scores are served
         first.
         """
+        selected = torch.zeros(
+            *is_query_aware.shape, *causal.shape, dtype=torch.bool, device=q.device
+        )
+        some = is_query_aware.any(dim=0).nonzero().flatten()  # waits for the device
+        if not len(some):
+            return selected
         logits = block_logits(mean_pool(q, grid.query_tile), mean_pool(k, grid.key_tile)) * scale
-        probabilities = softmax_over(logits, causal).flatten(2)
-        selected = torch.empty_like(probabilities, dtype=torch.bool)
         goal = self.gamma * grid.num_query_tiles
-        step = max(1, MAX_CHUNK_ELEMENTS // probabilities[:, 0].numel())
-        for head in range(0, logits.shape[1], step):  # the ranks take five times the memory
-            heads = slice(head, head + step)
-            ranked, index = probabilities[:, heads].sort(dim=-1, descending=True, stable=True)
-            selected[:, heads].scatter_(-1, index, ranked.cumsum(dim=-1) <= goal)
-        return selected.view_as(logits) & is_query_aware[..., None, None]
+        # Ranks take five times the memory of what is ranked.
+        step = max(1, 4 * chunk_elements(q) // logits[:, 0].numel())
+        for heads in some.split(step):
+            probabilities = softmax_over(logits[:, heads], causal).flatten(2)
+            selected[:, heads] = mask_within(probabilities, goal).unflatten(2, causal.shape)
+        return selected & is_query_aware[..., None, None]
 
 
 def block_sums(x: Tensor, tile: int) -> Tensor:

@@ -17,8 +17,10 @@ from pbs.ops.grid import BlockGrid
 
 # Width of a slash's window and height of a query tile: a slash crosses one window in each tile.
 TILE = 64
-# Elements of a temporary per chunk of heads: 8 MB in fp32, 16 MB as indices.
+# Elements of a temporary per chunk of heads: 8 MB in fp32, 16 MB as indices. On a GPU, where small
+# chunks cost more launches than work, 16 times that.
 MAX_CHUNK_ELEMENTS = 1 << 21
+MAX_CHUNK_ELEMENTS_GPU = 1 << 25
 
 
 class VerticalSlashLists(NamedTuple):
@@ -45,7 +47,7 @@ def last_query_scores(
 
     Returns:
         Vertical and slash scores, both fp32 ``[Z, Hq, Nk]``. Of the [Hq, L, Nk] probabilities at
-        most MAX_CHUNK_ELEMENTS exist at a time, but at least one head's.
+        most ``chunk_elements(q)`` exist at a time, but at least one head's.
     """
     batch, kv_heads, num_keys, _ = k.shape
     groups = q.shape[1] // kv_heads
@@ -56,7 +58,7 @@ def last_query_scores(
     shape = (batch, kv_heads, groups, num_keys)
     vertical = torch.empty(shape, dtype=torch.float32, device=q.device)
     slash = torch.empty_like(vertical)
-    chunk = max(1, MAX_CHUNK_ELEMENTS // (last_q * num_keys))
+    chunk = max(1, chunk_elements(q) // (last_q * num_keys))
     for sequence in range(batch):
         for heads in _chunks(kv_heads, max(1, chunk // groups)):
             transposed = k[sequence, heads].float().transpose(-1, -2).unsqueeze(1)
@@ -134,7 +136,7 @@ def _windows(offsets: Tensor, grid: BlockGrid) -> tuple[Tensor, Tensor]:
     shape = (len(offsets), grid.num_query_tiles, width)
     windows = torch.empty(shape, dtype=torch.int32, device=offsets.device)
     slots = torch.arange(width, device=offsets.device)
-    for rows in _chunks(len(offsets), MAX_CHUNK_ELEMENTS // (shape[1] * width)):
+    for rows in _chunks(len(offsets), chunk_elements(offsets) // (shape[1] * width)):
         jump, path = table[rows], windows[rows]
         path[..., 0] = jump.gather(-1, begin[rows])
         filled = 1
@@ -193,7 +195,7 @@ def _columns_outside(
     first = grid.first_positions(columns.device)[:, None]
     real = torch.arange(num_slots, device=columns.device) < num_chosen[:, None]
     slots = torch.arange(windows.shape[-1], device=columns.device)
-    for rows in _chunks(len(columns), MAX_CHUNK_ELEMENTS // (shape[1] * shape[2])):
+    for rows in _chunks(len(columns), chunk_elements(columns) // (shape[1] * shape[2])):
         keys = chosen[rows, None].expand(-1, shape[1], -1).contiguous()
         starts = windows[rows].masked_fill(slots >= num_windows[rows, :, None], grid.num_keys)
         place = torch.searchsorted(starts, keys, right=True) - 1
@@ -204,6 +206,11 @@ def _columns_outside(
         target = torch.where(keep, keep.cumsum(dim=-1) - 1, num_slots)
         kept[rows] = kept[rows].scatter_(-1, target, keys)
     return kept[..., : int(counts.max())], counts
+
+
+def chunk_elements(x: Tensor) -> int:
+    """Elements of a temporary on x's device."""
+    return MAX_CHUNK_ELEMENTS_GPU if x.is_cuda else MAX_CHUNK_ELEMENTS
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:
