@@ -139,7 +139,8 @@ def _antidiagonal() -> dict[str, Case]:
     from pbs.ops.tile_logsumexp import tile_logsumexp
 
     bounds = torch.zeros(4, NUM_TOKENS, dtype=torch.int32)
-    for dtype, head_dim, tile in (("bf16", 128, 128), ("bf16", 64, 128), ("fp32", 128, 8)):
+    sizes = (("bf16", 128, 128), ("bf16", 64, 128), ("bf16", 128, 8), ("fp32", 128, 8))
+    for dtype, head_dim, tile in sizes:
         x = _tensor(head_dim, dtype)
         found[f"tile log-sums {dtype} D={head_dim} T={tile}"] = partial(
             tile_logsumexp,

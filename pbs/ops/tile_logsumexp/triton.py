@@ -16,6 +16,21 @@ LN_2 = 1 / LOG2_E
 
 
 @triton.jit
+def _product(q, q_rest, k, SPLIT: tl.constexpr):
+    """Logits [M, T] of rows and keys."""
+    if SPLIT:
+        # fp32 as a sum of two bf16: three products on matrix units, which leave out 2^-16 of it.
+        high = k.to(tl.bfloat16)
+        rest = (k - high.to(tl.float32)).to(tl.bfloat16)
+        logits = tl.dot(q, tl.trans(high))
+        logits = tl.dot(q_rest, tl.trans(high), logits)
+        logits = tl.dot(q, tl.trans(rest), logits)
+    else:
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+    return logits
+
+
+@triton.jit
 def write_tiles(
     sums_ptr,
     logits,
@@ -69,6 +84,7 @@ def tile_logsumexp_kernel(
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
     HAS_NATURAL: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """One program: some rows of one head."""
     plane = tl.program_id(1).to(tl.int64)
@@ -82,6 +98,10 @@ def tile_logsumexp_kernel(
     ends = tl.load(ends_ptr + bounds, mask=is_row, other=0)
     q_base = rows_ptr + offset(rows_strides, batch, head)
     q = load_rows(q_base, rows, rows_strides[2], is_row, dims, HEAD_DIM)  # [M, D]
+    rest = q
+    if SPLIT:
+        rest = (q - q.to(tl.bfloat16).to(tl.float32)).to(tl.bfloat16)
+        q = q.to(tl.bfloat16)
     k_base = keys_ptr + offset(keys_strides, batch, head // GROUP)
     places = (plane * num_rows + rows) * num_tiles  # [M]
     first = tl.min(tl.where(is_row, ends, num_keys), 0) // WIDTH * WIDTH
@@ -90,7 +110,7 @@ def tile_logsumexp_kernel(
     for start in range(0, first, WIDTH):
         tokens = start + tl.arange(0, WIDTH)  # [T]
         k = load_rows(k_base, tokens, keys_strides[2], tokens >= 0, dims, HEAD_DIM)  # [T, D]
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [M, T]
+        logits = _product(q, rest, k, SPLIT) * scale_log2  # [M, T]
         write_tiles(sums_ptr, logits, places, is_row, start, num_tiles, ln_2, TILE, False)
     # 2. Keys that some rows see; then those in natural order, from each row's end on.
     num_steps = tl.cdiv(last - first, WIDTH)
@@ -108,7 +128,7 @@ def tile_logsumexp_kernel(
         base = tl.where(is_moved, k_base, n_base)
         stride = tl.where(is_moved, keys_strides[2], natural_strides[2])
         k = load_rows(base, tokens, stride, tokens < num_keys, dims, HEAD_DIM)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        logits = _product(q, rest, k, SPLIT) * scale_log2
         low = tl.where(is_moved, 0, ends)
         high = tl.where(is_moved, ends, until)
         seen = (tokens[None, :] >= low[:, None]) & (tokens[None, :] < high[:, None])
@@ -161,6 +181,7 @@ def tile_logsumexp(
         TILE=tile,
         WIDTH=width,
         HAS_NATURAL=natural is not None,
+        SPLIT=rows.element_size() == 4 and not triton.knobs.runtime.interpret,
         num_warps=num_warps,
         maxnreg=128 if num_warps == 8 else None,  # two programs on a multiprocessor
         num_stages=2,
@@ -170,8 +191,8 @@ def tile_logsumexp(
 
 def _sizes(element_size: int, head_dim: int, tile: int) -> tuple[int, int, int]:
     """Rows of a program, keys of a step and warps, without spills (``make kernels``)."""
-    if element_size == 4:  # no matrix units: few of each
-        return 16 if tile > 32 else 32, max(tile, 32), 4
+    if element_size == 4:
+        return 64, max(tile, 64), 4
     if head_dim > 128:
         return 64, max(tile, 64), 4
     return 128, max(tile, 128), 8
