@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from baselines.ranking import count_within, mask_within
 from baselines.vertical_slash import chunk_elements, last_query_scores
 from pbs.checks import check_block_size, check_positive_int, check_threshold
 from pbs.methods.base import AttentionMethod, Call, Knob
 from pbs.methods.facts import Facts, at
 from pbs.ops.grid import BlockGrid
+from pbs.ops.largest_within import largest_within
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.pooling import block_logits, mean_pool, softmax_over
 
@@ -117,7 +117,7 @@ class FlexPrefill(AttentionMethod):
 
     def _budget(self, attention: Tensor, least: int, most: int) -> Tensor:
         """Blocks that hold γ of the attention if important tokens were contiguous, ``[Z, Hq]``."""
-        count = count_within(attention, self.gamma) + 1
+        count = largest_within(attention, self.gamma).counts(attention) + 1
         blocks = count // (self.budget_divisor or self.block_size) + 1
         return blocks.clamp(min=least, max=max(most, least))
 
@@ -168,7 +168,8 @@ class FlexPrefill(AttentionMethod):
         step = max(1, 4 * chunk_elements(q) // logits[:, 0].numel())
         for heads in some.split(step):
             probabilities = softmax_over(logits[:, heads], causal).flatten(2)
-            selected[:, heads] = mask_within(probabilities, goal).unflatten(2, causal.shape)
+            within = largest_within(probabilities, goal)
+            selected[:, heads] = within.mask(probabilities).unflatten(2, causal.shape)
         return selected & is_query_aware[..., None, None]
 
 

@@ -151,6 +151,11 @@ def _antidiagonal() -> dict[str, Case]:
             until=bounds,
             backend="triton",
         )
+    from pbs.ops.largest_within import largest_within
+
+    found["largest within"] = partial(
+        largest_within, torch.zeros(4, NUM_TOKENS), 0.9, backend="triton"
+    )
     from pbs.ops.tile_masses import tile_masses
 
     tiles = NUM_TOKENS // 128

@@ -8,6 +8,7 @@ from pbs.ops.antidiagonal import antidiagonal_block_sums
 from pbs.ops.block_selection import select_pooled_blocks, select_top_p_blocks
 from pbs.ops.dense import choose_dense_kernel, dense_attention
 from pbs.ops.key_power_sums import key_power_sums
+from pbs.ops.largest_within import largest_within
 from pbs.ops.permutation import (
     gather_and_pool,
     gather_keys,
@@ -173,6 +174,15 @@ def test_log_sums_of_tiles_match_their_reference(tile, dtype, head_dim):
         *(x.cuda() for x in (q, moved, ends)), natural=k.cuda(), until=until.cuda(), **arguments
     )
     torch.testing.assert_close(got.cpu(), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("num_entries", [1000, 131072])
+def test_the_largest_entries_within_a_goal_match_their_reference(num_entries):
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(8, num_entries, generator=generator) * 3).softmax(dim=-1)
+    expected = largest_within(x, 0.9).counts(x)
+    got = largest_within(x.cuda(), 0.9).counts(x.cuda()).cpu()
+    assert ((got - expected).abs() <= 1 + expected // 1000).all()
 
 
 @pytest.mark.parametrize("num_tiles", [63, 1000, 4096])
