@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo model-smollm2 test test-vllm test-gpu check format lint type kernels bench bench-gpu notebooks report leaderboard readme golden licences audit clean
+.PHONY: help setup shell docs demo model-smollm2 test test-vllm test-gpu check format lint type kernels bench bench-gpu notebooks report leaderboard readme golden licences audit clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -15,18 +15,24 @@ $(BIN)/python:
 
 # What running needs, and what checking needs on top: stamps, so that each installs once.
 $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e . && touch $@
+	$(PIP) -e '.[lab]' && touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e '.[eval,launchers,notebooks,dev]' && touch $@ $(VENV)/.core
+	$(PIP) -e '.[eval,launchers,notebooks,docs,dev]' && touch $@ $(VENV)/.core
 
 setup: $(VENV)/.dev ## Make .venv with everything the checks need
+
+shell: $(VENV)/.core ## Open a shell in the environment, where `python run.py` works
+	@. $(VENV)/bin/activate && exec "$${SHELL:-/bin/sh}"
+
+docs: $(VENV)/.dev ## Build the documentation as a site, in outputs/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "outputs/site/index.html"
 
 demo: $(VENV)/.core ## Compare PBS, mean pooling and dense attention on the embedded model
 	$(BIN)/python run.py -m method=flash,meanpool,pbs bench=needle model=tiny
 
 model-smollm2: $(VENV)/.core ## Fetch SmolLM2-135M-Instruct (93 MB, Apache-2.0) and two books into the cache, once
-	$(PIP) -e '.[real]' && $(BIN)/python -m experiments.tools.smollm2 && $(BIN)/python -m experiments.tools.texts fetch
+	$(PIP) -e '.[lab,real]' && $(BIN)/python -m experiments.tools.smollm2 && $(BIN)/python -m experiments.tools.texts fetch
 
 test: $(VENV)/.dev ## Run the tests (CPU)
 	$(BIN)/python -m pytest

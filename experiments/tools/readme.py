@@ -1,4 +1,4 @@
-"""``make readme``: writes the result tables of README.md from results, so that no number is typed.
+"""``make readme``: writes the tables of docs/results.md from results, so that no number is typed.
 
 Those of a real model come from the newest runs of ``bench=likelihood`` that come with the project,
 the table of the demo from the runs of ``make demo`` in ``outputs``, the way ``make report``
@@ -33,7 +33,7 @@ from experiments.settings.names import changed_parameters
 from experiments.store import Record
 from experiments.timing.result_folders import ResultFolder, newest_folders, read_folder
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "results.md"
 RESULTS = ROOT / "experiments" / "measured"
 SECTIONS = ("real", "needle", "table7", "ttft")
 DEMO = ("flash", "meanpool", "pbs")
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for section in sections:
         if section not in SECTIONS:
             parser.error(f"unknown section {section!r}; valid: {', '.join(SECTIONS)}")
-    text = README.read_text()
+    text = PAGE.read_text()
     if "real" in sections:
         text = replace_section(text, "real", real_tables(newest_likelihood(RESULTS)))
     if "needle" in sections:
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             named = [read_folder(path) for path in options.results or ()]
             folders = named or newest_folders(RESULTS, part=part)
             text = replace_section(text, part, gpu_section(folders, make))
-    README.write_text(text)
+    PAGE.write_text(text)
     return 0
 
 
@@ -74,7 +74,7 @@ def replace_section(text: str, name: str, content: str) -> str:
     pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
     found = re.search(pattern, text, re.DOTALL)
     if found is None:
-        raise ValueError(f"README.md has no section {name!r}: expected <!-- begin {name} -->")
+        raise ValueError(f"the page has no section {name!r}: expected <!-- begin {name} -->")
     return text[: found.end(1)] + content + text[found.start(2) :]
 
 
@@ -100,14 +100,21 @@ def real_tables(folder: Path) -> str:
         draw_likelihood(runs, ROOT / "docs")
         parts.append(to_markdown(likelihood_table(runs, target=REAL_DENSITY)))
     environment = read_environment(runs[0])
-    source = folder.parent.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder.parent
     parts.append(
         f"{environment['device']}, bf16, texts debian-handbook and debian-policy, every knob set "
         f"to density {REAL_DENSITY:g} on held-out windows; brackets: 95 % intervals over windows "
         "(Student), differences paired by window. 32768 tokens by YaRN, untrained. All runs and "
-        f"samples in [{source}]({source})."
+        f"samples in {_link(folder.parent)}."
     )
     return "\n\n".join(parts) + "\n"
+
+
+def _link(folder: Path) -> str:
+    """To a folder of results, from a page in docs."""
+    if not folder.is_relative_to(ROOT):
+        return f"[{folder}]({folder})"
+    source = folder.relative_to(ROOT)
+    return f"[{source}](../{source})"
 
 
 def read_environment(run: Path) -> Record:
@@ -177,13 +184,12 @@ def table7(folder: ResultFolder) -> str:
     """Attention alone at the paper's densities: ours, every dense kernel, the published numbers."""
     records = folder.parts["table7"]
     lines = [as_text(device_table(records, has_published=True), legend(records))]
-    source = folder.path.relative_to(ROOT) if folder.path.is_relative_to(ROOT) else folder.path
     packages, commit = folder.environment["packages"], folder.environment["commit"][:7]
     lines += [
         "",
         f"{folder.device}, torch {packages['torch']}, Triton {packages['triton']}, commit "
         f"{commit}, bf16, 32 query and 8 key/value heads of 128; medians, all samples in "
-        f"[{source}]({source}).",
+        f"{_link(folder.path)}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""A method is one file, one config and one README row; what else is missing is named here."""
+"""A method is a file, a config, a README row and a page; what else is missing is named here."""
 
 import json
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from tests.methods.cases import CASES
 from tests.properties.draws import PARAMETERS
 
 ROOT = Path(__file__).resolve().parents[2]
+PARTS = ROOT / "docs" / "methods" / "index.md"
 GOLDEN = ROOT / "tests" / "golden" / "needle.json"
 SHAPE = Shape(4, 2, 32)
 
@@ -29,6 +30,11 @@ def missing(name):
         found.append(f"conf/method/{name}.yaml: 'defaults: [/schema/method@_here_: {name}]'")
     if f"| `{name}` |" not in (ROOT / "README.md").read_text():
         found.append(f"README.md: a row '| `{name}` | ... |' in the table of methods")
+    page = f"methods/{name}.md"
+    if not (ROOT / "docs" / page).is_file():
+        found.append(f"docs/{page}: what it computes, its cost, where it fails")
+    if f"- {page}" not in (ROOT / "mkdocs.yml").read_text():
+        found.append(f"mkdocs.yml: {page} in nav")
     if method.facts is None:
         found.append(f"{method.__module__}: facts = Facts(...), see pbs.methods.facts")
     else:
@@ -59,8 +65,10 @@ def missing_part(registry, name):
     found = []
     if not (ROOT / "conf" / registry.kind / f"{name}.yaml").is_file():
         found.append(f"conf/{registry.kind}/{name}.yaml: '{registry.kind}: {name}' for method")
-    if f"`{name}`" not in (ROOT / "README.md").read_text():
-        found.append(f"README.md: `{name}` among the choices of method.{registry.kind}=")
+    if f"`{name}`" not in PARTS.read_text():
+        found.append(
+            f"docs/methods/index.md: `{name}` among the choices of method.{registry.kind}="
+        )
     if not any(params.get(registry.kind) == name for _, params, _ in CASES.values()):
         is_default = getattr(METHODS.load("pbs")(), registry.kind) == name
         if not is_default:
@@ -78,7 +86,11 @@ def test_no_part_of_pbs_lacks_anything(registry, name):
 def test_what_a_new_selector_lacks_is_named_with_its_place(monkeypatch):
     monkeypatch.setitem(SELECTORS._entries, "newcomer", f"{__name__}:Newcomer")
     places = [sentence.partition(":")[0] for sentence in missing_part(SELECTORS, "newcomer")]
-    assert places == ["conf/selector/newcomer.yaml", "README.md", "tests/methods/cases.py"]
+    assert places == [
+        "conf/selector/newcomer.yaml",
+        "docs/methods/index.md",
+        "tests/methods/cases.py",
+    ]
 
 
 @dataclass(kw_only=True)
@@ -96,6 +108,8 @@ def test_what_a_new_method_lacks_is_named_with_its_place(monkeypatch):
     assert places == [
         "conf/method/newcomer.yaml",
         "README.md",
+        "docs/methods/newcomer.md",
+        "mkdocs.yml",
         __name__,
         "tests/methods/cases.py",
         "tests/properties/draws.py",
@@ -106,7 +120,7 @@ def test_what_a_new_method_lacks_is_named_with_its_place(monkeypatch):
     assert [f"another {fact} in facts" in " ".join(missing("newcomer"))
             for fact in ("label", "colour", "marker")] == [True, True, False]  # fmt: skip
     monkeypatch.setattr(Newcomer, "facts", Facts("N", "#123456", "p", selection="magic"))
-    assert "expected facts on its class with a selection of none, pooled" in missing("newcomer")[2]
+    assert "expected facts on its class with a selection of none, pooled" in missing("newcomer")[4]
 
 
 def test_every_method_has_settings_for_a_curve_but_dense_attention():

@@ -1,4 +1,4 @@
-"""The tables of docs/findings.md from the lab's results that come with the project.
+"""The tables of docs/findings.md, and README.md's, from results of the lab that come along.
 
 python -m experiments.tools.selection_lab.tables     # rewrites them
 """
@@ -18,6 +18,7 @@ from experiments.tools.readme import RESULTS, replace_section
 from experiments.tools.selection_lab.variants import VARIANTS
 
 FINDINGS = ROOT / "docs" / "findings.md"
+README = ROOT / "README.md"
 FOLDER = RESULTS / "selection_2026-11-27"
 # The lab's form of the method.
 OURS = "base"
@@ -39,6 +40,7 @@ METHODS = {
     "flexprefill": "`flexprefill`",
     "random_blocks": "`random_blocks`",
 }
+HEADLINE = (OURS, "keys not moved", "pbs", "meanpool", "xattention", "minference", "flexprefill")
 
 
 def sections(folder: Path = FOLDER) -> dict[str, str]:
@@ -56,6 +58,27 @@ def sections(folder: Path = FOLDER) -> dict[str, str]:
         "variants_32768": of_variants(long[long.target == TARGET]),
         "cost": cost(),
     }
+
+
+def headline(folder: Path = FOLDER) -> dict[str, str]:
+    """README.md's table: KL at equal density, nearest to dense first."""
+    columns: dict[str, list[str]] = {}
+    found = {}
+    for file in ("densities_8192", "all_32768"):
+        rows = pd.read_csv(folder / f"{file}.csv")
+        found[file] = rows[rows.target == TARGET]
+    mean = found["densities_8192"].groupby("variant").kl.mean()
+    for name in sorted(set(mean.index) & set(HEADLINE), key=lambda name: mean[name]):
+        columns.setdefault("density 0.2", []).append(METHODS[name])
+        for file, head in (("densities_8192", "KL, 8192 tokens"), ("all_32768", "KL, 32768")):
+            kl = list(_by_window(found[file], name).values())
+            cell = "not measured"
+            if kl:
+                interval = student_interval(kl)
+                middle = sum(kl) / len(kl)
+                cell = f"{middle:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+            columns.setdefault(head, []).append(cell)
+    return {"headline": to_markdown(columns) + "\n"}
 
 
 def cost() -> str:
@@ -173,8 +196,9 @@ def rewrite(text: str, make: Callable[[], dict[str, str]] = sections) -> str:
 
 
 def main() -> None:
-    """Rewrite docs/findings.md."""
+    """Rewrite docs/findings.md and README.md."""
     FINDINGS.write_text(rewrite(FINDINGS.read_text()))
+    README.write_text(rewrite(README.read_text(), headline))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,14 @@
 part of ``pbs`` that knows transformers.
 """
 
-from transformers import AttentionInterface, AttentionMaskInterface
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    raise ImportError(
+        "patching a model needs transformers, which is not installed: pip install 'pbs-attn[hf]'"
+    ) from error
 
 from pbs.methods import AttentionMethod, build_method
 from pbs.patch.huggingface.attention import attention_forward

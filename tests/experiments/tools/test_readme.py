@@ -5,7 +5,7 @@ import pytest
 from experiments.timing.result_folders import newest_folders, read_folder
 from experiments.tools import readme
 from experiments.tools.readme import (
-    README,
+    PAGE,
     RESULTS,
     gpu_section,
     main,
@@ -22,15 +22,15 @@ def test_sections_are_replaced_between_their_marks():
         replace_section(text, "y", "")
 
 
-def test_the_gpu_tables_of_the_readme_are_what_the_results_say():
+def test_the_gpu_tables_are_what_the_results_say():
     for part, make in (("table7", table7), ("ttft", ttft)):
-        assert gpu_section(newest_folders(RESULTS, part=part), make) in README.read_text()
+        assert gpu_section(newest_folders(RESULTS, part=part), make) in PAGE.read_text()
 
 
 def test_the_tables_of_the_real_model_are_what_its_results_say(monkeypatch):
     monkeypatch.setattr(readme, "draw_likelihood", lambda *_: [])
     text = readme.real_tables(readme.newest_likelihood(RESULTS))
-    assert text in README.read_text()
+    assert text in PAGE.read_text()
     assert "| 8192 | PBS | 19.4 |" in text
     assert text.count("| dense (flash) |") == 2
 
@@ -83,9 +83,9 @@ def test_a_gpu_table_says_counts_waits_and_what_the_paper_does_not_state(tmp_pat
 
 
 def test_folders_may_be_stated(tmp_path, monkeypatch):
-    page = tmp_path / "README.md"
+    page = tmp_path / "results.md"
     page.write_text("<!-- begin table7 -->\nold\n<!-- end table7 -->\n")
-    monkeypatch.setattr(readme, "README", page)
+    monkeypatch.setattr(readme, "PAGE", page)
     paths = [folder(tmp_path / name, name, table7=[cell(8192)]) for name in ("B200", "A100")]
     assert main(["--sections", "table7", "--results", *map(str, paths)]) == 0
     text = page.read_text()
@@ -97,9 +97,9 @@ def test_folders_may_be_stated(tmp_path, monkeypatch):
 def test_the_newest_results_of_each_device_are_shown_whatever_their_folder_is_called(
     tmp_path, monkeypatch
 ):
-    page = tmp_path / "README.md"
+    page = tmp_path / "results.md"
     page.write_text("<!-- begin table7 -->\nold\n<!-- end table7 -->\n")
-    monkeypatch.setattr(readme, "README", page)
+    monkeypatch.setattr(readme, "PAGE", page)
     results = tmp_path / "results"
     results.mkdir()
     monkeypatch.setattr(readme, "RESULTS", results)

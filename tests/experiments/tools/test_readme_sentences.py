@@ -1,4 +1,4 @@
-"""What README.md says about which method is ahead follows from the answers that come with it."""
+"""What docs/results.md says about who is ahead follows from the answers that come with it."""
 
 import re
 from itertools import permutations
@@ -8,7 +8,7 @@ import pytest
 
 from experiments.results import load
 from experiments.statistics import compare_paired
-from experiments.tools.readme import README, RESULTS
+from experiments.tools.readme import PAGE, RESULTS
 
 ANSWERS = RESULTS / "needle_2026-11-26" / "4k_8k_answers.csv"
 # What `make readme` writes is not typed.
@@ -23,7 +23,7 @@ def answers():
 
 def sentences():
     """The typed text, on one line."""
-    return " ".join(GENERATED.sub("", README.read_text()).split())
+    return " ".join(GENERATED.sub("", PAGE.read_text()).split())
 
 
 def test_every_stated_difference_is_one_of_two_runs_of_the_answers(answers):
@@ -50,11 +50,11 @@ def test_the_answers_are_those_of_the_runs_beside_them(answers):
     assert not runs["is_dirty"].any()
 
 
-def test_the_readme_says_what_no_model_here_has_shown():
+def test_the_page_says_what_no_model_here_has_shown():
     assert "models of 8B parameters and prompts of 128K; no weights of that size" in sentences()
 
 
-def test_the_readmes_heads_are_those_of_the_committed_table_6():
+def test_the_pages_heads_are_those_of_the_committed_table_6():
     table = RESULTS / "smollm2_2026-11-26" / "coverage" / "smollm2" / "table6.md"
     shares = re.search(r"\| smollm2 \| ([\d.]+)% \| ([\d.]+)% \| ([\d.]+)% \|", table.read_text())
     helped, unchanged, harmed = shares.groups()
@@ -65,7 +65,7 @@ def test_the_readmes_heads_are_those_of_the_committed_table_6():
     assert f"and raises {harmed} %" in sentences()
 
 
-def test_the_readmes_ruler_scores_are_the_committed_ones():
+def test_the_pages_ruler_scores_are_the_committed_ones():
     runs = load(RESULTS / "smollm2_2026-11-26")
     scores = runs[runs["bench"] == "ruler"].groupby("method")["score"].mean()
     assert f"scores {scores['flash']:.1f} dense and {scores['pbs']:.1f} with PBS" in sentences()
