@@ -70,6 +70,34 @@ def test_patched_twice_is_an_error():
         apply_patch_with_prefill(model.model, sparse())
 
 
+def test_a_patch_is_replaced_if_asked_for():
+    model = make_model("llama", attention="eager")
+    for method in (sparse(), build_method("meanpool")):
+        assert apply_patch_with_prefill(model, method, replace=True) is model
+        assert get_patch(model).method is method
+        model(random_ids(1, 203))
+        assert [layer.was_called for layer in get_patch(model).report().layers] == [True, True]
+    remove_patch(model)
+    assert model.config._attn_implementation == "eager"
+    apply_patch_with_prefill(model, sparse())
+    with pytest.raises(ValueError, match="already patched"):
+        apply_patch_with_prefill(model.model, sparse(), replace=True)
+
+
+def test_a_report_prints_as_a_table():
+    model = apply_patch_with_prefill(make_model("llama"), sparse(), skip_layers=[1])
+    assert (
+        str(get_patch(model).report()).splitlines()[1]
+        == "    0       0      0        -  never called"
+    )
+    model(random_ids(1, 203))
+    lines = str(get_patch(model).report()).splitlines()
+    assert lines[0].split() == ["layer", "sparse", "dense", "density", "dense", "because", "of"]
+    assert lines[1].split()[:3] == ["0", "1", "0"]
+    assert lines[2].split() == ["1", "0", "1", "1.000", "skipped", "layer", "(1)"]
+    assert lines[3].split()[:3] == ["all", "1", "1"]
+
+
 def test_remove_and_get_need_a_patched_model():
     model = make_model("llama")
     with pytest.raises(ValueError, match=r"not patched; call apply_patch_with_prefill"):
@@ -113,6 +141,20 @@ def test_attn_implementation_runs_the_default_method(tmp_path):
     with apply_patch_with_prefill(model, densest()):
         pass
     assert model.config._attn_implementation == "pbs"
+
+
+def test_a_model_loaded_with_the_name_reports_too(tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path, attn_implementation="pbs").eval()
+    assert get_patch(model).report().uncalled_layers == [0, 1]
+    model(random_ids(1, 601))
+    patch = get_patch(model)
+    assert [layer.sparse_calls for layer in patch.report().layers] == [1, 1]
+    assert get_patch(copy.deepcopy(model)).report().sparse_calls == 2
+    patch.reset()
+    assert get_patch(model).report().sparse_calls == 0
+    with pytest.raises(ValueError, match=r"set_attn_implementation\('sdpa'\)"):
+        remove_patch(model)
 
 
 def test_names_of_the_original_build_methods():

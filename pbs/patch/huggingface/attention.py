@@ -21,6 +21,8 @@ from pbs.patch.huggingface.report import LayerCounter
 
 # Where a patched attention module keeps what the patch decided for it.
 LAYER_ATTRIBUTE = "_pbs_layer"
+# The same for a model that was loaded with attn_implementation="pbs" and never patched.
+LOADED_ATTRIBUTE = "_pbs_loaded_layer"
 
 
 @dataclass
@@ -177,7 +179,7 @@ def _attend(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, None]:
     """See :func:`attention_forward`."""
-    layer = getattr(module, LAYER_ATTRIBUTE, None) or _unpatched_layer()
+    layer = getattr(module, LAYER_ATTRIBUTE, None) or loaded_layer(module)
     layer_idx = getattr(module, "layer_idx", None)
     if is_causal is None or query.shape[2] == 1 or isinstance(attention_mask, PaddingMask):
         # Some models say False whenever they pass a mask; a mask of ours is known to be causal.
@@ -303,6 +305,10 @@ def _default_method() -> AttentionMethod:
     return build_method("pbs")
 
 
-def _unpatched_layer() -> PatchedLayer:
-    """For models loaded with attn_implementation="pbs" and never patched: nothing is counted."""
-    return PatchedLayer(_default_method(), LayerCounter(-1))
+def loaded_layer(module: nn.Module) -> PatchedLayer:
+    """Of a model loaded with attn_implementation="pbs" and never patched: the default method."""
+    found = getattr(module, LOADED_ATTRIBUTE, None)
+    if found is None:
+        found = PatchedLayer(_default_method(), LayerCounter(int(getattr(module, "layer_idx", -1))))
+        setattr(module, LOADED_ATTRIBUTE, found)
+    return found

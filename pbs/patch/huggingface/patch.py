@@ -9,7 +9,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pbs.methods import AttentionMethod
-from pbs.patch.huggingface.attention import LAYER_ATTRIBUTE, PatchedLayer
+from pbs.patch.huggingface.attention import (
+    LAYER_ATTRIBUTE,
+    LOADED_ATTRIBUTE,
+    PatchedLayer,
+    loaded_layer,
+)
 from pbs.patch.huggingface.generation import after_prefill
 from pbs.patch.huggingface.report import LayerCounter, PatchReport
 from pbs.patch.huggingface.support import find_attention_layers
@@ -67,10 +72,45 @@ class Patch:
         model.__class__ = self._model_class
 
 
+class LoadedPatch(Patch):
+    """The handle of a model that was loaded with ``attn_implementation="pbs"``: nothing to undo."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        modules = list(find_attention_layers(model).values())
+        self.method = loaded_layer(modules[0]).method
+        self.skip_layers = ()
+        self._modules = modules
+
+    def report(self) -> PatchReport:
+        """What ran sparse and what ran dense since the model was loaded, or reset."""
+        counters = [loaded_layer(module).counter for module in self._modules]
+        ordered = sorted(counters, key=lambda counter: counter.layer_idx)
+        return PatchReport([counter.report() for counter in ordered])
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        for module in self._modules:
+            if hasattr(module, LOADED_ATTRIBUTE):
+                delattr(module, LOADED_ATTRIBUTE)
+
+    def undo(self, model: PreTrainedModel) -> None:
+        """Refused.
+
+        Raises:
+            ValueError: always; what the model had before is not known.
+        """
+        raise ValueError(
+            f"{type(model).__name__} was loaded with attn_implementation='pbs', not patched; "
+            "model.set_attn_implementation('sdpa') gives it another attention"
+        )
+
+
 def apply_patch_with_prefill(
     model: PreTrainedModel,
     prefill_fn: AttentionMethod,
     skip_layers: Iterable[int] | None = None,
+    *,
+    replace: bool = False,
 ) -> PreTrainedModel:
     """Let a causal language model run an attention method in prefill.
 
@@ -92,14 +132,16 @@ def apply_patch_with_prefill(
         model: a transformers model whose attention goes through the attention registry.
         prefill_fn: the method, from :func:`pbs.build_method`.
         skip_layers: indices of layers that stay dense.
+        replace: take out the patch that the model has, if any, with its counts: a cell of a
+            notebook can then run twice.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: ``model`` or ``prefill_fn`` of a wrong type.
-        ValueError: already patched, ``skip_layers`` names a layer the model does not have, or the
-            method's settings are for a model with other layers or heads.
+        ValueError: already patched, without ``replace``; ``skip_layers`` names a layer the model
+            does not have, or the method's settings are for a model with other layers or heads.
         NotImplementedError: the model's attention cannot be replaced; nothing was changed.
     """
     if not isinstance(prefill_fn, AttentionMethod):
@@ -109,13 +151,15 @@ def apply_patch_with_prefill(
             "your function in a subclass of pbs.AttentionMethod that overrides plan()"
         )
     layers = find_attention_layers(model)
+    if replace and hasattr(model, _PATCH_ATTRIBUTE):
+        remove_patch(model)
     prefill_fn.check_model(**_sizes_of(model))
     if hasattr(model, _PATCH_ATTRIBUTE) or any(
         hasattr(module, LAYER_ATTRIBUTE) for module in layers.values()
     ):
         raise ValueError(
             f"{type(model).__name__} is already patched; call remove_patch(model) on the model "
-            "that was patched first"
+            "that was patched first, or patch that with replace=True"
         )
     modules = list(layers.values())
     skipped = _check_skip_layers(skip_layers, {int(m.layer_idx) for m in modules})  # type: ignore[arg-type]
@@ -150,17 +194,26 @@ def remove_patch(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def get_patch(model: PreTrainedModel) -> Patch:
-    """The handle of a patched model.
+    """The handle of a patched model, or of one loaded with ``attn_implementation="pbs"``.
 
     Raises:
         ValueError: the model is not patched.
     """
     patch = getattr(model, _PATCH_ATTRIBUTE, None)
+    if patch is None and _was_loaded(model):
+        return LoadedPatch(model)
     if not isinstance(patch, Patch):
         raise ValueError(
             f"{type(model).__name__} is not patched; call apply_patch_with_prefill(model, method)"
         )
     return patch
+
+
+def _was_loaded(model: PreTrainedModel) -> bool:
+    """Whether it runs this package's attention without a patch of it or of a larger model."""
+    is_patched = any(hasattr(module, LAYER_ATTRIBUTE) for module in model.modules())
+    config = getattr(model, "config", None)
+    return getattr(config, "_attn_implementation", None) == IMPLEMENTATION and not is_patched
 
 
 def _patched_class(model_class: Any) -> type:

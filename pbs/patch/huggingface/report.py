@@ -76,6 +76,27 @@ class PatchReport:
         """Layers whose attention never reached the patch."""
         return [layer.layer_idx for layer in self.layers if not layer.was_called]
 
+    def __str__(self) -> str:
+        """A table: a line per layer, and one for all."""
+        rows = [("layer", "sparse", "dense", "density", "dense because of")]
+        rows += [
+            (
+                str(layer.layer_idx),
+                str(layer.sparse_calls),
+                str(sum(layer.dense_calls.values())),
+                _number(layer.density),
+                _reasons(layer.dense_calls) if layer.was_called else "never called",
+            )
+            for layer in self.layers
+        ]
+        dense = self.dense_calls
+        calls = (str(self.sparse_calls), str(sum(dense.values())))
+        rows.append(("all", *calls, _number(self.density), _reasons(dense)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join([*map(str.rjust, row[:4], widths), row[4]]).rstrip() for row in rows
+        )
+
     def to_dict(self) -> dict[str, object]:
         """Plain data for a JSON file."""
         return {
@@ -87,6 +108,14 @@ class PatchReport:
             "uncalled_layers": self.uncalled_layers,
             "layers": [asdict(layer) for layer in self.layers],
         }
+
+
+def _number(density: float | None) -> str:
+    return "-" if density is None else f"{density:.3f}"
+
+
+def _reasons(dense_calls: dict[str, int]) -> str:
+    return ", ".join(f"{reason} ({count})" for reason, count in dense_calls.items())
 
 
 @dataclass
