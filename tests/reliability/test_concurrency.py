@@ -68,8 +68,14 @@ def serial(server, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "launcher",
-    [("joblib", "hydra.launcher.n_jobs=2"), ("submitit_local", "hydra.launcher.timeout_min=10")],
-    ids=lambda launcher: launcher[0],
+    [
+        ("joblib", "hydra.launcher.n_jobs=2"),
+        # Half a minute for a second launcher of the same kind.
+        pytest.param(
+            ("submitit_local", "hydra.launcher.timeout_min=10"), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["joblib", "submitit_local"],
 )
 def test_a_launcher_gives_the_results_of_the_serial_sweep(launcher, serial, tmp_path):
     name, setting = launcher
