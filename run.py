@@ -20,9 +20,11 @@ def run(cfg: DictConfig) -> str:
 
 def main() -> int:
     """Command line. Exit status 0: every cell finished; 1: one failed, or a wrong setting."""
+    explained: list[str] = []
     if {"--help", "-h"} & set(sys.argv):
-        sys.argv[1:] = ["--help"]  # the text is the same whatever else was asked
-    register_configs(with_parameters="--help" not in sys.argv)
+        explained = [word for word in sys.argv[1:] if "=" in word]
+        sys.argv[1:] = ["--help"]  # Hydra's part of the text is the same whatever else was asked
+    register_configs(with_parameters="--help" not in sys.argv, explained=explained)
     return explain_errors(run)
 
 

@@ -16,6 +16,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.run.help import explain_parameters, list_groups
 from experiments.settings.config import (
     CONF,
     ConfigError,
@@ -25,7 +26,7 @@ from experiments.settings.config import (
     make_schema,
 )
 from experiments.settings.credentials import hide, refuse_in_words
-from experiments.settings.explain import GROUPS, explain
+from experiments.settings.explain import explain
 from experiments.settings.words import check_words
 
 HELP = """\
@@ -35,7 +36,7 @@ Compares sparse prefill attention methods: a model, a method, a bench.
 
 Groups and options
 {groups}
-Examples
+{parameters}Examples
   python run.py method=pbs bench=needle
   python run.py method=pbs method.threshold=0.7 bench.tasks=[single,copy] bench.lengths=[1024,2048]
   python run.py -m method=flash,meanpool,pbs bench=needle model=tiny
@@ -44,22 +45,26 @@ Examples
   python run.py method=meanpool match=density match.target=0.3
   python run.py experiment=demo
 
-Keys and their values: add --cfg job, as in `python run.py method=pbs --cfg job`.
+What parameters mean: add --help, as in `python run.py method=pbs bench=needle --help`; all keys and
+their values: --cfg job.
 Results: <paths.outputs>/<bench>/<model>/<method>/<hash>/. The same command again continues an
 interrupted run and skips a finished one. Exit status 1: a cell failed (-m runs the others).
 """
 
 
-def register_configs(*, with_parameters: bool = True) -> None:
+def register_configs(*, with_parameters: bool = True, explained: Sequence[str] = ()) -> None:
     """Give Hydra the types of all settings.
 
     Args:
+        explained: words such as ``method=pbs``, whose parameters the help text explains.
         with_parameters: False leaves out the parameters of methods and benches, and with them the
             seconds it takes to import torch: enough for the help text.
     """
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
-    store.store(group="hydra/help", name="pbs", node={"template": HELP.format(groups=_groups())})
+    parameters = explain_parameters(explained).replace("$", "$$") if explained else ""
+    text = HELP.format(groups=list_groups(), parameters=f"{parameters}\n\n" if parameters else "")
+    store.store(group="hydra/help", name="pbs", node={"template": text})
     for kind in ("method", "bench"):
         for path in sorted((CONF / kind).glob("*.yaml")):
             if not with_parameters:
@@ -226,22 +231,3 @@ def flags_first(words: Sequence[str]) -> list[str]:
 
 def _refuse_flag(message: str) -> NoReturn:
     raise ConfigError(f"{message}; --help and --hydra-help list what there is")
-
-
-def _groups() -> str:
-    """Every group with its options and the first line of each option's file."""
-    lines = []
-    for group in GROUPS:
-        lines.append(f"  {group}")
-        for path in sorted((CONF / group).glob("*.yaml")):
-            lines.append(f"    {path.stem:<18} {_headline(path)}")
-    # Hydra fills in $NAMES in a help text.
-    return ("\n".join(lines) + "\n").replace("$", "$$")
-
-
-def _headline(path: Path) -> str:
-    """The first comment that is not an instruction to Hydra."""
-    for line in path.read_text().splitlines():
-        if line.startswith("# ") and not line.startswith("# @package"):
-            return line[2:]
-    return ""

@@ -71,9 +71,7 @@ def serial(server, tmp_path_factory):
     [
         ("joblib", "hydra.launcher.n_jobs=2"),
         # Half a minute for a second launcher of the same kind.
-        pytest.param(
-            ("submitit_local", "hydra.launcher.timeout_min=10"), marks=pytest.mark.slow
-        ),
+        pytest.param(("submitit_local", "hydra.launcher.timeout_min=10"), marks=pytest.mark.slow),
     ],
     ids=["joblib", "submitit_local"],
 )
