@@ -29,6 +29,8 @@ from experiments.settings.credentials import hide, refuse_in_words
 from experiments.settings.explain import explain
 from experiments.settings.words import check_words
 
+INTERRUPTED = 130  # exit status of a command that Ctrl-C ended, as in a shell
+
 HELP = """\
 Compares sparse prefill attention methods: a model, a method, a bench.
 
@@ -48,7 +50,8 @@ Groups and options
 What parameters mean: add --help, as in `python run.py method=pbs bench=needle --help`; all keys and
 their values: --cfg job.
 Results: <paths.outputs>/<bench>/<model>/<method>/<hash>/. The same command again continues an
-interrupted run and skips a finished one. Exit status 1: a cell failed (-m runs the others).
+interrupted run and skips a finished one. Exit status 1: a cell failed (-m runs the others); 130: it
+was stopped by Ctrl-C.
 """
 
 
@@ -106,6 +109,12 @@ def explain_errors(run: Callable[[], Any]) -> int:
             )
         elif CollectCells.is_empty_sweep:
             raise ConfigError("the sweep has no cells: a list of values in it is empty")
+    except KeyboardInterrupt as error:
+        if wants_traceback:
+            raise
+        what = str(error) or "no cell had begun"
+        sys.stderr.write(f"\nstopped; {hide(what)}; the same command continues\n")
+        return INTERRUPTED
     except Exception as error:  # the edge of the program
         if wants_traceback:
             raise

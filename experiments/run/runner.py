@@ -79,7 +79,12 @@ def _run_cell(cfg: RunConfig, overrides: list[str]) -> Path:
     store = RunStore(cfg.folder)
     with store.lock(), log_to(store.log_path):
         if calibration is None or calibration.is_reachable:
-            _run_locked(cfg, store, overrides, calibration)
+            try:
+                _run_locked(cfg, store, overrides, calibration)
+            except KeyboardInterrupt as error:
+                count = len(store.samples())
+                error.args = (f"{_title(cfg)}: {count} samples are kept in {store.folder}",)
+                raise
         else:
             _record_unreachable(cfg, store, overrides, calibration)
     return cfg.folder

@@ -98,6 +98,31 @@ def test_a_killed_process_loses_no_sample_and_doubles_none(run, tmp_path, projec
     assert without_times(resumed) == without_times(store.samples())
 
 
+def test_ctrl_c_says_in_a_line_what_is_kept(tmp_path, project):
+    words = ["debug=fast", "check=false", f"paths.outputs={tmp_path}", "method=pbs"]
+    process = subprocess.Popen(
+        [sys.executable, str(project / "run.py"), *words, "bench.depths=[0.0,0.2,0.4,0.6,0.8,1.0]"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        samples = list(tmp_path.glob("needle/tiny/pbs/*/samples.jsonl"))
+        if samples and samples[0].read_bytes().count(b"\n") >= 2:
+            break
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("stopped; needle · tiny · pbs")
+    assert f"samples are kept in {samples[0].parent}; the same command continues" in last
+
+
 def test_a_failure_is_recorded_and_tried_again(run, monkeypatch):
     def explode(*_, **__):
         raise MemoryError("no room for 3 GB")
