@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.console import Console
 
 from experiments.files import write_atomically
 from experiments.notes import name_of
+from experiments.report.markdown import print_markdown
 from experiments.report.published_scores import compare_published, format_published
 from experiments.store import RunStore
 
@@ -44,7 +44,7 @@ def report_scores(
         write_atomically(group / "published.md", comparison + "\n")
     else:
         comparison = f"published: nothing for {group.parent.name} on {group.name}"
-    Console(width=160).print(f"{text}\n\n{comparison}", markup=False, highlight=False)
+    print_markdown(f"{text}\n\n{comparison}")
 
 
 def tabulate_scores(cells: Sequence[Path]) -> pd.DataFrame:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pandas as pd
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from experiments.files import write_atomically
@@ -24,7 +23,7 @@ from experiments.report.compare import (
     samples_of,
 )
 from experiments.report.dense_times import compare_times
-from experiments.report.markdown import to_markdown
+from experiments.report.markdown import print_markdown, terminal, to_markdown
 from experiments.report.timing_table import speed_up_text, timing_columns, timing_numbers
 from experiments.settings.bench_names import BENCHES
 from experiments.settings.config import RunConfig, digest
@@ -182,8 +181,8 @@ def format_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
     times |= {"speed-up over dense": [_speed_up(row) for row in rows]}
     return {
         "method": [row["label"] for row in rows],
-        **matched,
         **_metric_columns(rows),
+        **matched,  # asked for beside reached
         "density, %": [_percent(row, "density") for row in rows],
         "coverage, %": [_percent(row, "coverage") for row in rows],
         **(times if is_timed else {}),
@@ -338,9 +337,7 @@ def _remarks(row: Row) -> list[str]:
 
 def show(group: Path, rows: Sequence[Row]) -> None:
     """The table on stdout; in a narrow terminal intervals and headings take lines of their own."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
+    console = terminal()
     columns = format_columns(rows)
     longest = [max(map(len, (name, *cells))) for name, cells in columns.items()]
     is_narrow = console.width < 130 or sum(longest) + 2 * len(longest) > console.width
@@ -362,6 +359,42 @@ def show(group: Path, rows: Sequence[Row]) -> None:
     for cells in zip(*columns.values(), strict=True):
         table.add_row(*(cell.replace(" [", "\n[") if is_narrow else cell for cell in cells))
     console.print(table)
+    lengths = length_columns(rows)
+    if lengths:
+        print_markdown(to_markdown(lengths))
+
+
+def length_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Each run's numbers at each length, where there are several: metric, density, time."""
+    found = {
+        row["path"]: RunStore(Path(row["path"])).metrics()["results"].get("by_length") or {}
+        for row in rows
+        if row["status"] == "finished" and not row.get("is_timing")
+    }
+    lengths = sorted({length for entries in found.values() for length in entries}, key=int)
+    metrics = metrics_in(rows)
+    if len(lengths) < 2 or not metrics:
+        return {}
+    metric = metrics[0]
+    some = [row for row in rows if row["path"] in found]
+    columns = {f"{metric.name}; density, %; prefill, ms": [row["label"] for row in some]}
+    for length in lengths:
+        entries = [found[row["path"]].get(length) or {} for row in some]
+        columns[f"{length} tokens"] = [_at_length(metric, entry) for entry in entries]
+    return columns
+
+
+def _at_length(metric: Metric, entry: Mapping[str, Any]) -> str:
+    if not entry:
+        return ""
+    value, density, time = (entry.get(x) for x in (metric.name, "density", "prefill_seconds"))
+    return "; ".join(
+        [
+            "–" if value is None else metric.text(value),
+            "–" if density is None else f"{100 * density:.1f}",
+            "–" if time is None else f"{1000 * time:.0f}",
+        ]
+    )
 
 
 def title_of(group: Path, rows: Sequence[Row]) -> str:

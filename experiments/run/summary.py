@@ -103,10 +103,16 @@ def _notes(group: Path, rows: Sequence[Row], pictures: Iterable[Path]) -> list[s
     notes += reading_notes(rows)
     commands = {row["dense_command"]: None for row in rows if row["dense_command"]}
     notes += [f"no dense run to compare with; make it with: {command}" for command in commands]
+    # What a failed cell said stands above, where it failed.
+    notes += [
+        f"failed: {row['label']}, see {row['path']}/metrics.json"
+        for row in rows
+        if row["status"] == "failed"
+    ]
     notes += [
         f"{row['status']}: {row['label']}: {_first_line(row['error'])} ({row['path']}/metrics.json)"
         for row in rows
-        if row["status"] in ("failed", "unreachable", "broken")
+        if row["status"] in ("unreachable", "broken")
     ]
     table = f"{group / 'summary.csv'} and summary.md (all finished runs there)"
     notes.append(f"results: {group}, table: {table}")

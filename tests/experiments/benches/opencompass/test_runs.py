@@ -268,10 +268,12 @@ def test_the_command_prints_scores_and_marks_what_was_not_run(command, tmp_path)
              "model.name=llama31_8b"]  # fmt: skip
     status, printed = command(*command_of(tmp_path, *words))
     assert status == 0
-    assert "| trec | 0.00 |" in printed
+    lines = [" ".join(line.split()) for line in printed.splitlines()]
+    assert "trec 0.00" in lines
     assert "paired, Student with two added pairs" in printed
-    assert "| flash | average | 0.00 | 38.28 | -38.28 | partial |" in printed
-    assert "| pbs | average | – | 37.37 | – | not run |" in printed
+    assert "flash average 0.00 38.28 -38.28 partial" in lines
+    assert "pbs average – 37.37 – not run" in lines
+    assert "| trec" not in printed
     group = tmp_path / "outputs" / "longbench" / "llama31_8b"
     assert (group / "published.csv").is_file()
     assert (group / "scores.md").read_text().startswith("| task | flash (partial) |")
@@ -283,7 +285,8 @@ def test_a_failed_task_makes_the_command_fail(command, tmp_path, monkeypatch):
              "bench.limit=1", "method=flash"]  # fmt: skip
     status, printed = command(*command_of(tmp_path, *words))
     assert status == 1
-    assert "trec (ZeroDivisionError" in printed
+    assert printed.count("ZeroDivisionError") == 1
+    assert "failed: flash, see " in printed
 
 
 def test_help_and_import_do_not_load_opencompass(project):
