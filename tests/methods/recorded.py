@@ -1,22 +1,24 @@
-"""Arrays recorded from the original implementations (``shared/oracle``, see the README there)."""
+"""Arrays recorded from the original implementations: tests/data/oracle, see the README there."""
 
 import os
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 DEFAULT = Path(__file__).resolve().parents[3] / "shared" / "oracle"
+# All of them, where they are; the small ones come with the repository.
 ORACLE = Path(os.environ.get("PBS_ORACLE_DIR", DEFAULT))
+SMALL = Path(__file__).resolve().parents[1] / "data" / "oracle"
 
-needs_oracles = pytest.mark.skipif(
-    not ORACLE.is_dir(), reason=f"no recorded oracles in {ORACLE}; set PBS_ORACLE_DIR"
-)
+
+def recordings(small, large):
+    """Names of the recordings there are."""
+    return [*small, *(large if ORACLE.is_dir() else ())]
 
 
 def load(name):
-    with np.load(ORACLE / f"{name}.npz") as arrays:
+    with np.load((SMALL if name.startswith("small") else ORACLE) / f"{name}.npz") as arrays:
         return {
             key: torch.from_numpy(value) if value.ndim else value.item()
             for key, value in arrays.items()
