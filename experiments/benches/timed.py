@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Instead of a list of densities: those of the paper's Table 5.
 PUBLISHED = "published"
+# Tokens of a cell; a call of one layer of an 8B model's heads takes a processor about a minute.
+LONGEST_ON_A_CPU = 65536
 
 
 @dataclass(kw_only=True)
@@ -38,6 +40,8 @@ class TimedBench(Bench):
     """
 
     times_dense: ClassVar[bool] = True
+    # What to add to a command so that a processor finishes it in minutes.
+    small_form: ClassVar[str] = "bench.lengths=[8192]"
 
     lengths: list[int] = field(default_factory=lambda: [4096, 8192, 16384])
     densities: Any = None
@@ -74,6 +78,21 @@ class TimedBench(Bench):
             if label == describe(cfg.method):
                 raise ConfigError(f"bench.beside: {label!r} is the run's own method")
         self._beside()
+        self._refuse_hours(cfg)
+
+    def _refuse_hours(self, cfg: RunConfig) -> None:
+        """A GPU's lengths on a processor, unless it was asked for by name."""
+        import torch
+
+        longest, is_own = max(self.lengths), hasattr(self, "device")
+        device = getattr(self, "device", cfg.model.device)
+        if longest <= LONGEST_ON_A_CPU or device != "auto" or torch.cuda.is_available():
+            return
+        raise ConfigError(
+            f"bench.lengths goes to {longest} tokens, which is for a GPU, and none is here: this "
+            f"processor would need hours. The small form: add {self.small_form}; or insist with "
+            f"{'bench' if is_own else 'model'}.device=cpu"
+        )
 
     def methods(self, context: Context) -> dict[str, AttentionMethod]:
         """The run's method and those beside it, by label."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from experiments.benches.base import Context
 from experiments.benches.text_files import read_texts, text_files
@@ -35,6 +35,8 @@ class TtftBench(TimedBench):
             repeated, to each length. Default: generated token ids.
         num_texts: texts to take turns over.
     """
+
+    small_form: ClassVar[str] = "model=tiny bench.lengths=[8192]"
 
     lengths: list[int] = field(default_factory=lambda: [1024, 2048, 4096, 8192])
     texts: str | None = None

@@ -14,7 +14,8 @@ from experiments.models.random_weights import ARCHITECTURES, build_random_model,
 from experiments.notes import notes_of
 from experiments.report.table import make_rows
 from experiments.results import load
-from experiments.settings.config import ConfigError, ModelConfig
+from experiments.run.runner import build_bench
+from experiments.settings.config import ConfigError, ModelConfig, RunConfig
 from experiments.store import RunStore
 from experiments.timing.captured_inputs import capture_inputs
 from experiments.timing.cost_model import Shape
@@ -329,3 +330,20 @@ def test_published_densities_are_those_of_table_5():
     for wrong in ("table5", [0.0], [True], 0.5):
         with pytest.raises(ValueError, match=r"bench\.densities must be null, published or"):
             TtftBench(lengths=[16384], densities=wrong)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "small"),
+    [("table7", "bench.lengths=[8192]"), ("figure4", "model=tiny bench.lengths=[8192]")],
+)
+def test_a_gpus_lengths_are_refused_on_a_processor_with_a_smaller_form(
+    experiment, small, compose_cell, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cfg = RunConfig.from_hydra(compose_cell(f"experiment={experiment}", fast=False))
+    with pytest.raises(ConfigError, match=r"add (.*); or insist with \w+\.device=cpu") as refused:
+        build_bench(cfg.bench).prepare(cfg)
+    assert f"add {small};" in str(refused.value)
+    words = [f"experiment={experiment}", *small.split()]
+    smaller = RunConfig.from_hydra(compose_cell(*words, fast=False))
+    build_bench(smaller.bench).prepare(smaller)
