@@ -29,13 +29,11 @@ from experiments.statistics import wilson_interval
 # Where a label may stand around its point, in points, nearest first.
 _PLACES = [
     (radius * np.cos(angle), radius * np.sin(angle))
-    for radius in (12, 20, 30, 42, 56, 75, 100)
+    for radius in (12, 18, 24)  # no farther: a line to the point would cross curves
     for angle in np.deg2rad([0, 180, 35, -35, 145, -145, 90, -90])
 ]
 # With more swept methods than this the settings stay out: there is no room, and the table has them.
 _MOST_SWEPT = 4
-# From this distance on a thin line leads from the label to its point.
-_LEADER_FROM = 25
 
 
 class _Label(NamedTuple):
@@ -88,7 +86,7 @@ def draw_accuracy_density(
     # No tick above 100 %: there is no such accuracy.
     axes.set_yticks([tick for tick in axes.get_yticks() if low - margin <= tick <= 1.0 + 1e-9])
     axes.set_xlabel("density: computed tiles / tiles of dense causal attention", fontsize=11)
-    axes.set_ylabel("accuracy (bars: 95 % Wilson interval)", fontsize=11)
+    axes.set_ylabel("accuracy (bands, bars: 95 % Wilson interval)", fontsize=11)
     axes.set_title(textwrap.fill(title or _title_of(frame), 84), fontsize=12)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -128,15 +126,18 @@ def _with_intervals(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _draw_runs(axes: Axes, method: str, runs: pd.DataFrame) -> list[_Label]:
-    """Points, bars and the joining line of one method; returns what to write at them."""
+    """Points, intervals and the joining line of one method; returns what to write at them."""
     look = look_of(method)
     x, y = runs["density"].to_numpy(float), runs["accuracy"].to_numpy(float)
     bars = np.stack([y - runs["low"], runs["high"] - y]).clip(min=0)
     is_dense = method == DENSE_METHOD
+    has_band = len(x) > 1
+    if has_band:
+        axes.fill_between(x, y - bars[0], y + bars[1], color=look.colour, alpha=0.12, linewidth=0)
     axes.errorbar(
         x,
         y,
-        yerr=bars,
+        yerr=None if has_band else bars,
         color=look.colour,
         marker=look.marker,
         # Large enough to show behind a method that computes everything, too.
@@ -190,7 +191,6 @@ def _place_labels(axes: Axes, labels: Sequence[_Label], frame: pd.DataFrame) -> 
     inside = axes.get_window_extent(renderer)
     for label in sorted(labels, key=lambda each: not each.is_name):
         for dx, dy in _PLACES:
-            far = np.hypot(dx, dy) > _LEADER_FROM
             text = axes.annotate(
                 label.text,
                 (label.x, label.y),
@@ -201,11 +201,9 @@ def _place_labels(axes: Axes, labels: Sequence[_Label], frame: pd.DataFrame) -> 
                 fontsize=11 if label.is_name else 9,
                 fontweight="bold" if label.is_name else "normal",
                 color=label.colour,
-                arrowprops={"arrowstyle": "-", "color": label.colour, "lw": 0.7} if far else None,
                 zorder=4,
             )
             text.update_positions(renderer)
-            # Of the text alone: an annotation's own box has the leader in it.
             box = Text.get_window_extent(text, renderer).padded(2)
             is_free = not any(box.overlaps(other) for other in taken)
             is_inside = inside.x0 < box.x0 and box.x1 < inside.x1

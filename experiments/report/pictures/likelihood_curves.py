@@ -32,8 +32,9 @@ def likelihood_frame(folders: Sequence[Path]) -> pd.DataFrame:
 def draw_likelihood(folders: Sequence[Path], folder: Path) -> list[Path]:
     """One picture a length, ``kl_<length>.png``: panels for all positions, time, each band.
 
-    Bars are 95 % intervals of the mean over windows (Student). Better is down and to the left. Runs
-    of one method are joined. What is dense, up to rounding, has no place on the axis.
+    Bands, against time bars, are 95 % intervals of the mean over windows (Student). Better is down
+    and to the left. Runs of one method are joined in the order of their density. What is dense, up
+    to rounding, has no place on the axis.
 
     Returns:
         The pictures; none if no run left anything out.
@@ -69,7 +70,7 @@ def _draw(frame: pd.DataFrame, length: int, path: Path) -> Path:
     windows = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     figure.suptitle(
         f"What is lost on real text: {frame['model'].iloc[0]}, {length} tokens, {windows} windows "
-        "a run (bars: 95 % interval over windows)"
+        "a run (bands and bars: 95 % interval over windows)"
     )
     names = [*(name for name in LOOKS if name in set(sparse["method"]))]
     names += sorted(set(sparse["method"]) - set(names))
@@ -99,15 +100,18 @@ def _panel(axes: Axes, frame: pd.DataFrame, column: str, title: str) -> None:
         return
     shown = frame[(frame["kl"] > ROUNDING) & frame[column].notna()]
     for method, runs in shown.groupby("method"):
-        runs = runs.sort_values(column)
+        runs = runs.sort_values("density")
         look = look_of(str(method))
-        y = runs["kl"].to_numpy(float)
-        bars = np.zeros((2, len(y)))
+        x, y = runs[column].to_numpy(float), runs["kl"].to_numpy(float)
+        low = high = y
         if "kl_low" in runs:
-            low = runs["kl_low"].fillna(runs["kl"]).to_numpy(float)
-            high = runs["kl_high"].fillna(runs["kl"]).to_numpy(float)
-            bars = np.stack([y - np.maximum(low, ROUNDING), high - y]).clip(min=0)
+            low = np.clip(runs["kl_low"].fillna(runs["kl"]).to_numpy(float), ROUNDING, y)
+            high = np.maximum(runs["kl_high"].fillna(runs["kl"]).to_numpy(float), y)
+        has_band = column == "density" and len(runs) > 1
+        if has_band:
+            axes.fill_between(x, low, high, color=look.colour, alpha=0.15, linewidth=0)
         axes.errorbar(
-            runs[column].to_numpy(float), y, yerr=bars, color=look.colour, marker=look.marker,
-            markersize=7, markeredgecolor="white", linewidth=1.4, elinewidth=0.9, capsize=2,
+            x, y, yerr=None if has_band else np.stack([y - low, high - y]), color=look.colour,
+            marker=look.marker, markersize=7, markeredgecolor="white", linewidth=1.4,
+            elinewidth=0.9, capsize=2,
         )  # fmt: skip

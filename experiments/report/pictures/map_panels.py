@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
 from matplotlib.colors import LogNorm
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
@@ -26,7 +25,6 @@ from pbs.ops.plan import AttentionPlan
 MAX_CELLS = 512
 # The colour bar spans at most this many decades.
 MAX_DECADES = 5
-COMPUTED_COLOUR = "#D55E00"
 MAP_COLOURS = "Blues"
 # Laid over what is not computed: grey 128 of 255, that opaque.
 SKIPPED_GREY = 0.5
@@ -217,7 +215,7 @@ def draw_panel(
         axes: to draw on.
         view: what to draw.
         axes_plan: rows and keys stand in the order of this one-head plan; None: in natural order.
-        tiles_plan: the one-head plan whose tiles are outlined; None draws none.
+        tiles_plan: the one-head plan whose skipped tiles are greyed out; None greys none.
         norm: of the colours; default: from this map.
     """
     weights = view.weights(axes_plan)
@@ -233,10 +231,6 @@ def draw_panel(
         veil = np.full((*computed.shape, 4), SKIPPED_GREY)
         veil[..., 3] = np.where(computed | weights.mask, 0.0, SKIPPED_OPACITY)
         axes.imshow(veil, extent=view.extent, interpolation="nearest")
-        lines = LineCollection(
-            outlines(computed, view), colors=COMPUTED_COLOUR, linewidths=1.1, capstyle="projecting"
-        )
-        axes.add_collection(lines, autolim=False)
     axes.plot([view.offset, view.stop], [view.offset, view.stop], color="black", linewidth=1.2)
     axes.set_xlim(0, view.stop)
     axes.set_ylim(view.stop, view.offset)
@@ -260,34 +254,10 @@ def _norm_of(weights: np.ma.MaskedArray) -> LogNorm:
     return LogNorm(vmin=min(max(low, high * 10.0**-MAX_DECADES), high / 10), vmax=high)
 
 
-def outlines(computed: np.ndarray, view: MapView) -> list[list[tuple[float, float]]]:
-    """Borders between computed and other cells as straight lines in tokens, as few as possible."""
-    padded = np.pad(computed, 1)
-    lines = []
-    for index, changes in enumerate(np.diff(padded.astype(np.int8), axis=0)[:, 1:-1]):
-        y = view.offset + index * view.cell
-        lines += [[(a * view.cell, y), (b * view.cell, y)] for a, b in _stretches(changes)]
-    for index, changes in enumerate(np.diff(padded.astype(np.int8), axis=1)[1:-1].T):
-        x = index * view.cell
-        lines += [
-            [(x, view.offset + a * view.cell), (x, view.offset + b * view.cell)]
-            for a, b in _stretches(changes)
-        ]
-    return lines
-
-
-def _stretches(values: np.ndarray) -> list[tuple[int, int]]:
-    """First and one past the last index of each stretch of values that are not 0."""
-    edges = np.flatnonzero(np.diff(np.pad((values != 0).astype(np.int8), 1)))
-    return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
-
-
 def map_legend() -> list[Patch | Line2D]:
     """What the colours of a map mean."""
     return [
-        Patch(
-            facecolor="#9ECAE1", edgecolor=COMPUTED_COLOUR, linewidth=1.5, label="computed tiles"
-        ),
+        Patch(facecolor="#9ECAE1", label="computed tiles"),
         Patch(facecolor="#A8B5BE", label="skipped tiles (greyed out)"),
         Line2D([], [], color="black", linewidth=1.2, label="causal boundary (future keys: white)"),
     ]

@@ -205,10 +205,10 @@ def test_attention_maps_say_and_show_what_is_computed(tmp_path, figures, call):
     )
     image = imread(path)
     assert image.shape[1] >= 1200
-    # Thin lines are blended with what lies beside them.
-    orange = np.abs(image[..., :3] - np.array(to_rgb("#D55E00"))).max(-1) < 0.25
-    assert orange[:, : image.shape[1] // 2].sum() > 500
-    assert orange[:, image.shape[1] // 2 :].sum() > 500
+    # What is skipped is grey, over white and the palest blue.
+    grey = (np.ptp(image[..., :3], axis=-1) < 0.08) & (abs(image[..., :3].mean(-1) - 0.73) < 0.06)
+    assert grey[:, : image.shape[1] // 2].sum() > 2000
+    assert grey[:, image.shape[1] // 2 :].sum() > 2000
     words = "\n".join(texts(figures[0]))
     for each in (before, plan):
         coverage = float(measure_coverage(q, k, each, scale=SCALE, heads=[0]))
@@ -260,17 +260,6 @@ def test_outlined_cells_are_the_plans_tiles():
     per_tile = 32 // view.cell
     tiles = plan.block_mask()[0, 1].numpy().repeat(per_tile, 0).repeat(per_tile, 1)
     assert np.array_equal(cells, tiles[: cells.shape[0], : cells.shape[1]])
-
-
-def test_outlines_go_around_and_join_cells():
-    q, k, _ = make_qkv(1, 1, 1, 4, 32)
-    lines = map_panels.outlines(np.array([[1, 1, 0], [1, 1, 0], [0, 0, 0]]) > 0, view_of(q, k, 0))
-    assert sorted(lines) == [
-        [(0, 0), (0, 2)],
-        [(0, 0), (2, 0)],
-        [(0, 2), (2, 2)],
-        [(2, 0), (2, 2)],
-    ]
 
 
 def test_max_pooling_keeps_single_keys_visible():
