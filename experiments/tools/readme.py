@@ -22,6 +22,7 @@ import pandas as pd
 
 from experiments.report.device_tables import as_text, device_table, legend
 from experiments.report.likelihood_table import likelihood_table
+from experiments.report.likelihoods import newest_likelihood
 from experiments.report.markdown import to_markdown
 from experiments.report.pictures import draw_accuracy_density
 from experiments.report.pictures.likelihood_curves import draw_likelihood
@@ -76,20 +77,6 @@ def replace_section(text: str, name: str, content: str) -> str:
     if found is None:
         raise ValueError(f"the page has no section {name!r}: expected <!-- begin {name} -->")
     return text[: found.end(1)] + content + text[found.start(2) :]
-
-
-def newest_likelihood(root: Path) -> Path:
-    """The newest folder below ``root`` with runs of ``bench=likelihood``; their names end in dates.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    found = sorted(root.glob("*/likelihood"), key=lambda path: path.parent.name.split("_")[-1])
-    if not found:
-        raise FileNotFoundError(
-            f"{root} has no runs of bench=likelihood; see experiment=real_curves"
-        )
-    return found[-1]
 
 
 def real_tables(folder: Path) -> str:

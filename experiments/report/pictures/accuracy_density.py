@@ -30,7 +30,7 @@ from experiments.statistics import wilson_interval
 _PLACES = [
     (radius * np.cos(angle), radius * np.sin(angle))
     for radius in (12, 18, 24)  # no farther: a line to the point would cross curves
-    for angle in np.deg2rad([0, 180, 35, -35, 145, -145, 90, -90])
+    for angle in np.deg2rad([0, 35, -35, 90, -90, 145, -145, 180])
 ]
 # With more swept methods than this the settings stay out: there is no room, and the table has them.
 _MOST_SWEPT = 4
@@ -151,8 +151,8 @@ def _draw_runs(axes: Axes, method: str, runs: pd.DataFrame) -> list[_Label]:
     )
     if is_dense:
         axes.axhline(y.mean(), color=look.colour, linestyle="--", linewidth=1, alpha=0.5, zorder=1)
-    # The name stands at the cheapest run, where curves of methods lie farthest apart.
-    labels = [_Label(x[0], y[0], look.label, look.colour, True)]
+    # The name stands where the curve ends.
+    labels = [_Label(x[-1], y[-1], look.label, look.colour, True)]
     if "setting" in runs and len(x) > 1:
         labels += [
             _Label(a, b, text, look.colour, False)
@@ -216,11 +216,13 @@ def _place_labels(axes: Axes, labels: Sequence[_Label], frame: pd.DataFrame) -> 
 def _obstacles(axes: Axes, frame: pd.DataFrame) -> list[Bbox]:
     """Boxes on the page around the points, their bars, the joining lines and the dense line."""
     boxes = []
+    counts = frame["method"].value_counts()
     for run in frame.itertuples():
         ends = [(run.density, value) for value in (run.low, run.accuracy, run.high)]
         (x, low), (_, y), (_, high) = axes.transData.transform(ends)
         boxes.append(Bbox.from_extents(x - 8, y - 8, x + 8, y + 8))
-        boxes.append(Bbox.from_extents(x - 4, low, x + 4, high))
+        if counts[run.method] == 1:  # several have a band, on which a name can be read
+            boxes.append(Bbox.from_extents(x - 4, low, x + 4, high))
         if run.method == DENSE_METHOD:
             boxes.append(Bbox.from_extents(axes.bbox.x0, y - 1, axes.bbox.x1, y + 1))
     for _, runs in frame.groupby("method"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.report.pictures.looks import LOOKS, Percent, look_of, new_figure, save
@@ -39,17 +40,24 @@ def draw_likelihood(folders: Sequence[Path], folder: Path) -> list[Path]:
     Returns:
         The pictures; none if no run left anything out.
     """
+    return [
+        save(figure, folder / f"kl_{length}.png") for length, figure in likelihood_figures(folders)
+    ]
+
+
+def likelihood_figures(folders: Sequence[Path]) -> list[tuple[int, Figure]]:
+    """The figures of :func:`draw_likelihood` with their lengths, ascending."""
     frame = likelihood_frame(folders)
     if frame.empty or not (frame["kl"] > ROUNDING).any():
         return []
-    found = []
-    for length, part in frame.groupby("length", sort=True):
-        if (part["kl"] > ROUNDING).any():
-            found.append(_draw(part, int(length), folder / f"kl_{length}.png"))
-    return found
+    return [
+        (int(length), _draw(part, int(length)))
+        for length, part in frame.groupby("length", sort=True)
+        if (part["kl"] > ROUNDING).any()
+    ]
 
 
-def _draw(frame: pd.DataFrame, length: int, path: Path) -> Path:
+def _draw(frame: pd.DataFrame, length: int) -> Figure:
     bands = [band for band in frame["band"].unique() if band != "all"]
     figure = new_figure(13.0, 8.0)
     panels = figure.subplots(2, 3, sharey=True).flatten()
@@ -80,7 +88,7 @@ def _draw(frame: pd.DataFrame, length: int, path: Path) -> Path:
         for name in names
     ]  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=6)
-    return save(figure, path)
+    return figure
 
 
 def _panel(axes: Axes, frame: pd.DataFrame, column: str, title: str) -> None:

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from experiments.report.likelihoods import newest_likelihood
 from experiments.timing.result_folders import newest_folders, read_folder
 from experiments.tools import readme
 from experiments.tools.readme import (
@@ -29,7 +30,7 @@ def test_the_gpu_tables_are_what_the_results_say():
 
 def test_the_tables_of_the_real_model_are_what_its_results_say(monkeypatch):
     monkeypatch.setattr(readme, "draw_likelihood", lambda *_: [])
-    text = readme.real_tables(readme.newest_likelihood(RESULTS))
+    text = readme.real_tables(newest_likelihood(RESULTS))
     assert text in PAGE.read_text()
     assert "| 8192 | PBS | 19.4 |" in text
     assert text.count("| dense (flash) |") == 2
@@ -37,7 +38,7 @@ def test_the_tables_of_the_real_model_are_what_its_results_say(monkeypatch):
 
 def test_without_likelihood_runs_the_command_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="experiment=real_curves"):
-        readme.newest_likelihood(tmp_path)
+        newest_likelihood(tmp_path)
 
 
 def entry(milliseconds, *, waits=None, count=5):
