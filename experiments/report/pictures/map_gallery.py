@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from experiments.report.pictures.looks import new_figure, save
 from experiments.report.pictures.map_panels import (
+    MAP_COLOURS,
     MapView,
     check_maps,
+    common_norm,
     draw_panel,
     map_legend,
     moves_tokens,
@@ -71,36 +75,43 @@ def draw_map_gallery(
     figure.get_layout_engine().set(h_pad=0.12)
     panels = figure.subplots(num_rows, num_columns, squeeze=False)
     stop = k.shape[2] if max_tokens is None else min(max_tokens, k.shape[2])
+    own = slice(sequence, sequence + 1)
+    views = [MapView(q[own], k[own], scale, head, stop, MAX_CELLS) for head in heads]
+    norm = common_norm(views)
     for number in range(num_groups * num_columns):
         group, column = divmod(number, num_columns)
         if number >= len(heads):
             for row in range(num_rows // num_groups):
                 panels[group * (2 if is_pair else 1) + row, column].set_axis_off()
             continue
-        head = heads[number]
-        own = slice(sequence, sequence + 1)
-        view = MapView(q[own], k[own], scale, head, stop, MAX_CELLS)
+        head, view = heads[number], views[number]
         after = one_head(plan, sequence, head)
         before = None if plan_before is None else one_head(plan_before, sequence, head)
         if is_pair:
-            _draw_pair(panels[2 * group : 2 * group + 2, column], view, before, after)
+            _draw_pair(panels[2 * group : 2 * group + 2, column], view, before, after, norm)
         else:
-            draw_panel(panels[group, column], view, None, after)
+            draw_panel(panels[group, column], view, None, after, norm=norm)
             panels[group, column].set_title(_heading(view, after, ""), fontsize=11)
     for axes in panels[:, 0]:
         axes.set_ylabel("query position", fontsize=10)
     for axes in panels.ravel():
         axes.tick_params(labelsize=8)
+    bar = figure.colorbar(ScalarMappable(norm, MAP_COLOURS), ax=panels, shrink=0.6, extend="both")
+    bar.set_label("attention probability, largest in each cell", fontsize=10)
     _finish(figure, title, stop, k.shape[2])
     return save(figure, path)
 
 
 def _draw_pair(
-    panels: np.ndarray, view: MapView, before: AttentionPlan | None, after: AttentionPlan
+    panels: np.ndarray,
+    view: MapView,
+    before: AttentionPlan | None,
+    after: AttentionPlan,
+    norm: LogNorm,
 ) -> None:
-    """One head above in natural order, below in plan order, in the same colours."""
-    image = draw_panel(panels[0], view, None, before)
-    draw_panel(panels[1], view, after, after, norm=image.norm)
+    """One head above in natural order, below in plan order."""
+    draw_panel(panels[0], view, None, before, norm=norm)
+    draw_panel(panels[1], view, after, after, norm=norm)
     panels[0].set_title(_heading(view, before, "before"), fontsize=11)
     panels[1].set_title(_heading(view, after, "after"), fontsize=11)
     panels[1].set_xlabel("key place in plan order", fontsize=10)

@@ -248,6 +248,14 @@ def shares_of(view: MapView, plan: AttentionPlan) -> tuple[float, float]:
     return float(plan.density()), float(coverage)
 
 
+def common_norm(views: Sequence[MapView]) -> LogNorm:
+    """Colours for several heads side by side, so that one bar says what they mean."""
+    norms = [_norm_of(view.weights(None)) for view in views]
+    high = max(norm.vmax for norm in norms)
+    low = min(norm.vmin for norm in norms)
+    return LogNorm(vmin=max(low, high * 10.0**-MAX_DECADES), vmax=high)
+
+
 def _norm_of(weights: np.ma.MaskedArray) -> LogNorm:
     """Colours from the 10th to the 99.9th percentile of the cells, one decade up to five."""
     low, high = np.quantile(weights.compressed(), [0.1, 0.999])

@@ -395,7 +395,7 @@ def test_a_gallery_breaks_its_rows(tmp_path, figures, call):
     q, k, plan, _ = call
     path = tmp_path / "g.png"
     draw_map_gallery(q, k, plan, scale=SCALE, heads=[0, 1, 2, 0, 1], path=path, title="t")
-    assert sum(axes.axison for axes in figures[0].axes) == 10
+    assert sum(axes.axison for axes in figures[0].axes) == 10 + 1  # maps, and the bar of colours
     with pytest.raises(ValueError, match="no heads"):
         draw_map_gallery(q, k, plan, scale=SCALE, heads=[], path=path, title="t")
 
