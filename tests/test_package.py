@@ -94,35 +94,61 @@ def needed_by(requirements):
     return found
 
 
-def test_the_library_runs_with_what_it_declares_alone(wheel, tmp_path):
+def install(wheel, folder, extra=""):
+    """The wheel and what it declares, with links to the environment's files; what is declared."""
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
+        archive.extractall(folder)
         text = archive.read(next(n for n in archive.namelist() if n.endswith("METADATA"))).decode()
-    declared = re.findall(r"^Requires-Dist: (.*)$", text, re.MULTILINE)
-    core = [line for line in declared if "extra ==" not in line]
-    assert {Requirement(line).name for line in core} == {
-        *("torch", "triton", "numpy", "typing-extensions"),
-    }
-    brought = needed_by(core)
-    for name in brought:  # files of the environment, and no others
+    declared = [Requirement(line) for line in re.findall(r"^Requires-Dist: (.*)$", text, re.M)]
+    wanted = [
+        str(one).partition(";")[0]
+        for one in declared
+        if one.marker is None or one.marker.evaluate({"extra": extra})
+    ]
+    for name in needed_by(wanted):
         for file in metadata.files(name) or []:
             top = file.parts[0]
             place = Path(str(metadata.distribution(name).locate_file(top)))
-            if top not in ("..", "__pycache__") and place.exists():
-                link = tmp_path / "site" / top
-                if not link.exists():
-                    link.symlink_to(place)
-    assert not {*LAB} & {path.name for path in (tmp_path / "site").iterdir()}
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+            link = folder / top
+            if top not in ("..", "__pycache__") and place.exists() and not link.exists():
+                link.symlink_to(place)
+    return text, wanted
+
+
+def run_alone(code, folder, where):
+    """Python without the environment's packages."""
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
     environment.pop("PYTHONHOME", None)
     done = subprocess.run(
-        [sys.executable, "-S", "-c", LIBRARY],
-        cwd=tmp_path,
+        [sys.executable, "-S", "-c", code],
+        cwd=where,
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    seconds, version = done.stdout.split()
+    return done.stdout
+
+
+def test_the_library_runs_with_what_it_declares_alone(wheel, tmp_path):
+    site = tmp_path / "site"
+    text, wanted = install(wheel, site)
+    names = {Requirement(line).name for line in wanted}
+    assert names == {"torch", "triton", "numpy", "typing-extensions"}
+    assert not {*LAB} & {path.name for path in site.iterdir()}
+    seconds, version = run_alone(LIBRARY, site, tmp_path).split()
     assert float(seconds) < 1.5  # a second on an idle machine
     assert version == re.search(r"^Version: (.*)$", text, re.MULTILINE)[1]
+
+
+def test_the_readmes_lines_run_with_the_extra_hf(wheel, tmp_path):
+    site = tmp_path / "site"
+    install(wheel, site, extra="hf")
+    assert not {"hydra", "wandb", "matplotlib", "pandas"} & {path.name for path in site.iterdir()}
+    lines = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    prompt = (
+        f"PATH, long_prompt = {str(ROOT / 'experiments' / 'tiny')!r}, 'the old bridge ' * 700\n"
+    )
+    printed = run_alone(prompt + lines, site, tmp_path)
+    assert "layer  sparse  dense  density" in printed
+    assert printed.strip().splitlines()[-1].startswith("  all       2")
