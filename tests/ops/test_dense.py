@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from pbs import build_method
+from pbs.ops import dense
 from pbs.ops.dense import CHUNK_ROWS, choose_dense_kernel, dense_attention
 from pbs.testing import assert_within_budget, make_qkv
 from tests.ops.attention_truth import causal_mask, eager_attention, exact_attention
@@ -51,6 +54,22 @@ def test_kernel_is_chosen_and_named():
     method = build_method("flash", kernel="math")
     assert method.plan(q, k).reason == "dense method (math)"
     torch.testing.assert_close(method(q, k, v, scale=0.25), expected)
+
+
+@pytest.mark.parametrize(
+    ("capability", "chosen", "refused"),
+    [((9, 0), "fa3", ()), ((10, 0), "fa4", ("fa3",)), ((8, 0), None, ("fa3", "fa4"))],
+)
+def test_the_packages_kernels_go_with_their_chips(capability, chosen, refused, monkeypatch):
+    monkeypatch.setattr(dense, "is_installed", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 4, 8, 128), device="cuda:0")
+    if chosen is not None:
+        assert choose_dense_kernel("auto", q, q) == chosen
+    for kernel in refused:
+        with pytest.raises(NotImplementedError, match=f"dense kernel '{kernel}' does not support"):
+            choose_dense_kernel(kernel, q, q)
+    assert choose_dense_kernel("fa2", q, q) == "fa2"
 
 
 @pytest.mark.parametrize(
