@@ -33,9 +33,8 @@ _PACKAGES = {
     "fa3": "flash-attn 3 (its folder hopper/, or the package tokenspeed-fa3)",
     "fa4": "flash-attn-4",
 }
-# Fastest first, as measured on H100s, in three runs, at 8192, 32768 and 131072 tokens, 32/8 heads of
-# 128: fa3 0.75, 11.5 and 209 ms, fa4 0.79, 11.7 and 221, cudnn 0.92, 13.2 and 252, flash 1.7, 25.5
-# and 449.
+# Fastest first, as measured on H100s in three runs, 32/8 heads of 128, at 8192, 32768 and 131072
+# tokens: fa3 0.75, 11.5, 209 ms, fa4 0.79, 11.7, 221, cudnn 0.92, 13.2, 252, flash 1.7, 25.5, 449.
 _FASTEST_FIRST = ("fa3", "fa4", "cudnn", "flash", "efficient")
 _SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
