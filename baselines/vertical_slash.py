@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pbs.ops.block_selection import list_blocks
 from pbs.ops.grid import BlockGrid
+from pbs.ops.slash_windows import columns_outside, walk_windows
 
 # Width of a slash's window and height of a query tile: a slash crosses one window in each tile.
 TILE = 64
@@ -127,31 +128,9 @@ def _sum_by_offset(probabilities: Tensor) -> Tensor:
 def _windows(offsets: Tensor, grid: BlockGrid) -> tuple[Tensor, Tensor]:
     """First keys of the merged windows, int32 ``[R, Tq, W]``, and counts, int32 ``[R, Tq]``."""
     # Places of the table are distances shifted by TILE - 1: an end may overshoot by that much.
-    shift = TILE - 1
     ends = grid.first_positions(offsets.device) + TILE
-    table = _next_distances(offsets) + shift
-    begin = (ends + shift).expand(len(offsets), -1)
-    counts = _path_lengths(table, grid.num_key_tiles + 1).gather(-1, begin).int()
-    width = int(counts.max())
-    shape = (len(offsets), grid.num_query_tiles, width)
-    windows = torch.empty(shape, dtype=torch.int32, device=offsets.device)
-    slots = torch.arange(width, device=offsets.device)
-    for rows in _chunks(len(offsets), chunk_elements(offsets) // (shape[1] * width)):
-        jump, path = table[rows], windows[rows]
-        path[..., 0] = jump.gather(-1, begin[rows])
-        filled = 1
-        while filled < width:  # `jump` takes `filled` steps at once
-            more = min(filled, width - filled)
-            source = path[..., :more].long()
-            path[..., filled : filled + more] = jump.gather(-1, source.flatten(1)).view_as(source)
-            jump = jump.gather(-1, jump)
-            filled += more
-        starts = ends[:, None].int() - TILE - (path - shift)
-        # The last window of a partial tile may begin past the last key.
-        valid = (slots < counts[rows, :, None]) & (starts < grid.num_keys)
-        counts[rows] = valid.sum(dim=-1, dtype=torch.int32)
-        windows[rows] = starts.masked_fill_(~valid, 0)
-    return windows, counts
+    table = _next_distances(offsets) + TILE - 1
+    return walk_windows(table, ends, width=TILE, num_keys=grid.num_keys)
 
 
 def _next_distances(offsets: Tensor) -> Tensor:
@@ -167,16 +146,6 @@ def _next_distances(offsets: Tensor) -> Tensor:
     return torch.cat([stay, following], dim=-1)
 
 
-def _path_lengths(table: Tensor, longest: int) -> Tensor:
-    """Steps from every place until it stays, by doubling; ``longest`` bounds them."""
-    jump = table
-    length = (table != torch.arange(table.shape[-1], device=table.device)).int()
-    for _ in range(longest.bit_length()):
-        length = length + length.gather(-1, jump)
-        jump = jump.gather(-1, jump)
-    return length
-
-
 def _columns_outside(
     columns: Tensor, windows: Tensor, num_windows: Tensor, grid: BlockGrid
 ) -> tuple[Tensor, Tensor]:
@@ -187,25 +156,8 @@ def _columns_outside(
     """
     # The reference: as wide as the fullest row, where the GPU kernel would be as wide as the text.
     chosen, num_chosen = list_blocks(columns, backend="reference")
-    num_slots = chosen.shape[-1]
-    # One slot more takes what is dropped.
-    shape = (len(columns), grid.num_query_tiles, num_slots + 1)
-    kept = torch.zeros(shape, dtype=torch.int32, device=columns.device)
-    counts = torch.zeros(shape[:2], dtype=torch.int32, device=columns.device)
-    first = grid.first_positions(columns.device)[:, None]
-    real = torch.arange(num_slots, device=columns.device) < num_chosen[:, None]
-    slots = torch.arange(windows.shape[-1], device=columns.device)
-    for rows in _chunks(len(columns), chunk_elements(columns) // (shape[1] * shape[2])):
-        keys = chosen[rows, None].expand(-1, shape[1], -1).contiguous()
-        starts = windows[rows].masked_fill(slots >= num_windows[rows, :, None], grid.num_keys)
-        place = torch.searchsorted(starts, keys, right=True) - 1
-        nearest = starts.gather(-1, place.clamp(min=0))
-        inside = (place >= 0) & (keys - nearest < TILE)
-        keep = real[rows, None] & ~inside & (keys < first)
-        counts[rows] = keep.sum(dim=-1, dtype=torch.int32)
-        target = torch.where(keep, keep.cumsum(dim=-1) - 1, num_slots)
-        kept[rows] = kept[rows].scatter_(-1, target, keys)
-    return kept[..., : int(counts.max())], counts
+    first = grid.first_positions(columns.device)
+    return columns_outside(chosen, num_chosen, windows, num_windows, first, width=TILE)
 
 
 def chunk_elements(x: Tensor) -> int:

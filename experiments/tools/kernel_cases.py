@@ -151,6 +151,20 @@ def _antidiagonal() -> dict[str, Case]:
             until=bounds,
             backend="triton",
         )
+    from pbs.ops.slash_windows import columns_outside, walk_windows
+
+    table, tiles = torch.zeros(4, NUM_TOKENS + 127, dtype=torch.int64), NUM_TOKENS // 64
+    ends = torch.zeros(tiles, dtype=torch.int64)
+    found["slash windows"] = partial(
+        walk_windows, table, ends, width=64, num_keys=NUM_TOKENS, backend="triton"
+    )
+    lists, counts = torch.zeros(4, tiles, 99, dtype=torch.int32), torch.zeros(4, tiles).int()
+    found["columns outside windows"] = partial(
+        columns_outside,
+        *(lists[:, 0], counts[:, 0], lists, counts, ends),
+        width=64,
+        backend="triton",
+    )
     from pbs.ops.largest_within import largest_within
 
     found["largest within"] = partial(

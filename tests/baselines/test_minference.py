@@ -74,6 +74,7 @@ def test_lists_do_not_depend_on_the_chunks_they_are_made_in(monkeypatch):
     method = build_method("minference", **SMALL)
     at_once = method.plan(q, k)
     monkeypatch.setattr("baselines.vertical_slash.MAX_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("pbs.ops.slash_windows.reference.MAX_ELEMENTS", 1)
     chunked = method.plan(q, k)
     for name in ("windows", "num_windows", "columns", "num_columns"):
         assert torch.equal(getattr(at_once, name), getattr(chunked, name))
