@@ -11,14 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from baselines.vertical_slash import chunk_elements, last_query_scores
 from pbs.checks import check_block_size, check_positive_int, check_threshold
 from pbs.methods.base import AttentionMethod, Call, Knob
 from pbs.methods.facts import Facts, at
 from pbs.ops.grid import BlockGrid
 from pbs.ops.largest_within import largest_within
+from pbs.ops.last_query_scores import last_query_scores
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.pooling import block_logits, mean_pool, softmax_over
+
+# Entries ranked together: 32 MiB in fp32; a GPU, which does not sort, takes them all.
+MAX_RANKED = 1 << 23
+MAX_RANKED_GPU = 1 << 27
 
 
 @dataclass(kw_only=True)
@@ -165,7 +169,8 @@ class FlexPrefill(AttentionMethod):
         logits = block_logits(mean_pool(q, grid.query_tile), mean_pool(k, grid.key_tile)) * scale
         goal = self.gamma * grid.num_query_tiles
         # Ranks take five times the memory of what is ranked.
-        step = max(1, 4 * chunk_elements(q) // logits[:, 0].numel())
+        limit = MAX_RANKED_GPU if q.is_cuda else MAX_RANKED
+        step = max(1, limit // logits[:, 0].numel())
         for heads in some.split(step):
             probabilities = softmax_over(logits[:, heads], causal).flatten(2)
             within = largest_within(probabilities, goal)

@@ -23,7 +23,6 @@ from baselines.streaming import a_shape_tiles
 from baselines.vertical_slash import (
     TILE,
     keep_largest,
-    last_query_scores,
     vertical_slash_lists,
 )
 from pbs.checks import check_choice, check_integer, check_table
@@ -31,6 +30,7 @@ from pbs.methods.base import AttentionMethod, Call, Knob
 from pbs.methods.facts import Facts
 from pbs.ops.block_selection import list_blocks
 from pbs.ops.grid import BlockGrid
+from pbs.ops.last_query_scores import last_query_scores
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.pooling import block_logits, mean_pool
 

@@ -6,7 +6,6 @@ position), m1 one past the last position of a query tile, L the last queries.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,10 +17,6 @@ from pbs.ops.slash_windows import columns_outside, walk_windows
 
 # Width of a slash's window and height of a query tile: a slash crosses one window in each tile.
 TILE = 64
-# Elements of a temporary per chunk of heads: 8 MB in fp32, 16 MB as indices. On a GPU, where small
-# chunks cost more launches than work, 16 times that.
-MAX_CHUNK_ELEMENTS = 1 << 21
-MAX_CHUNK_ELEMENTS_GPU = 1 << 25
 
 
 class VerticalSlashLists(NamedTuple):
@@ -31,44 +26,6 @@ class VerticalSlashLists(NamedTuple):
     num_windows: Tensor
     columns: Tensor
     num_columns: Tensor
-
-
-def last_query_scores(
-    q: Tensor, k: Tensor, *, scale: float, last_q: int = 64
-) -> tuple[Tensor, Tensor]:
-    """Attention that the last queries pay to each key and to each offset.
-
-    With P = softmax(q_L kᵀ scale), causal: v[j] = Σ_r P[r, j] and u[o] = Σ_r P[r, position(r) - o].
-
-    Args:
-        q: ``[Z, Hq, Nq, D]``, after RoPE.
-        k: ``[Z, Hkv, Nk, D]``, Nk >= Nq; queries are the last Nq tokens.
-        scale: factor of the logits.
-        last_q: L, how many of the last queries decide (all of them if there are fewer).
-
-    Returns:
-        Vertical and slash scores, both fp32 ``[Z, Hq, Nk]``. Of the [Hq, L, Nk] probabilities at
-        most ``chunk_elements(q)`` exist at a time, but at least one head's.
-    """
-    batch, kv_heads, num_keys, _ = k.shape
-    groups = q.shape[1] // kv_heads
-    last_q = min(last_q, q.shape[2])
-    queries = q[:, :, -last_q:].unflatten(1, (kv_heads, groups))
-    keys = torch.arange(num_keys, device=q.device)
-    future = keys > keys[num_keys - last_q :, None]  # [L, Nk]
-    shape = (batch, kv_heads, groups, num_keys)
-    vertical = torch.empty(shape, dtype=torch.float32, device=q.device)
-    slash = torch.empty_like(vertical)
-    chunk = max(1, chunk_elements(q) // (last_q * num_keys))
-    for sequence in range(batch):
-        for heads in _chunks(kv_heads, max(1, chunk // groups)):
-            transposed = k[sequence, heads].float().transpose(-1, -2).unsqueeze(1)
-            for members in _chunks(groups, chunk):
-                logits = queries[sequence, heads, members].float() @ transposed * scale
-                probabilities = logits.masked_fill_(future, float("-inf")).softmax(dim=-1)
-                vertical[sequence, heads, members] = probabilities.sum(dim=-2)
-                slash[sequence, heads, members] = _sum_by_offset(probabilities)
-    return vertical.flatten(1, 2), slash.flatten(1, 2)
 
 
 def keep_largest(scores: Tensor, counts: list[int]) -> Tensor:
@@ -117,14 +74,6 @@ def vertical_slash_lists(columns: Tensor, offsets: Tensor, grid: BlockGrid) -> V
     return VerticalSlashLists(*(part.unflatten(0, lead) for part in parts))
 
 
-def _sum_by_offset(probabilities: Tensor) -> Tensor:
-    """Sums along the diagonals of ``[.., L, N]`` by offset ``[.., N]``; rows are the last L."""
-    padded = torch.nn.functional.pad(probabilities, (probabilities.shape[-2] - 1, 0))
-    # One element further in each row: a diagonal becomes a column.
-    strides = (*padded.stride()[:-2], padded.shape[-1] + 1, 1)
-    return padded.as_strided(probabilities.shape, strides).sum(dim=-2).flip(-1)
-
-
 def _windows(offsets: Tensor, grid: BlockGrid) -> tuple[Tensor, Tensor]:
     """First keys of the merged windows, int32 ``[R, Tq, W]``, and counts, int32 ``[R, Tq]``."""
     # Places of the table are distances shifted by TILE - 1: an end may overshoot by that much.
@@ -158,15 +107,3 @@ def _columns_outside(
     chosen, num_chosen = list_blocks(columns, backend="reference")
     first = grid.first_positions(columns.device)
     return columns_outside(chosen, num_chosen, windows, num_windows, first, width=TILE)
-
-
-def chunk_elements(x: Tensor) -> int:
-    """Elements of a temporary on x's device."""
-    return MAX_CHUNK_ELEMENTS_GPU if x.is_cuda else MAX_CHUNK_ELEMENTS
-
-
-def _chunks(count: int, size: int) -> Iterator[slice]:
-    """Slices of at most ``size`` (at least 1) that together are ``range(count)``."""
-    size = max(1, size)
-    for begin in range(0, count, size):
-        yield slice(begin, begin + size)

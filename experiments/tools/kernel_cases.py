@@ -165,6 +165,13 @@ def _antidiagonal() -> dict[str, Case]:
         width=64,
         backend="triton",
     )
+    from pbs.ops.last_query_scores import last_query_scores
+
+    for dtype, head_dim in (("bf16", 128), ("bf16", 64), ("fp32", 128)):
+        x = _tensor(head_dim, dtype)
+        found[f"last query scores {dtype} D={head_dim}"] = partial(
+            last_query_scores, x, x, scale=1.0, last_q=128, backend="triton"
+        )
     from pbs.ops.largest_within import largest_within
 
     found["largest within"] = partial(

@@ -1,10 +1,9 @@
 import pytest
 import torch
 
-from baselines import vertical_slash
 from baselines.flexprefill import FlexPrefill, top_entries
-from baselines.vertical_slash import last_query_scores
 from pbs import BlockGrid, build_method
+from pbs.ops.last_query_scores import last_query_scores, reference
 from pbs.testing import make_qkv
 
 
@@ -28,7 +27,7 @@ def test_chunks_of_queries_and_heads_change_nothing(chunk, monkeypatch):
     method = FlexPrefill(block_size=32, gamma=0.7, tau=1.0)
     vertical, slash = last_query_scores(q, k, scale=0.25, last_q=32)
     mask = method.plan(q, k).block_mask()
-    monkeypatch.setattr(vertical_slash, "MAX_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(reference, "MAX_ELEMENTS", chunk)
     again = last_query_scores(q, k, scale=0.25, last_q=32)
     torch.testing.assert_close(again[0], vertical, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(again[1], slash, rtol=1e-5, atol=1e-7)

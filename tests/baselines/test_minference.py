@@ -4,9 +4,10 @@ import logging
 import pytest
 import torch
 
-from baselines.vertical_slash import keep_largest, last_query_scores, vertical_slash_lists
+from baselines.vertical_slash import keep_largest, vertical_slash_lists
 from pbs import block_sparse_attention, build_method
 from pbs.ops import AttentionPlan, BlockGrid
+from pbs.ops.last_query_scores import last_query_scores
 from pbs.testing import assert_within_budget, make_qkv
 from tests.baselines import vertical_slash_truth as truth
 from tests.ops.attention_truth import causal_mask, eager_attention, exact_attention
@@ -73,18 +74,21 @@ def test_lists_do_not_depend_on_the_chunks_they_are_made_in(monkeypatch):
     q, k, _ = make_qkv(2, 6, 2, 700, 32, structure="mixed")
     method = build_method("minference", **SMALL)
     at_once = method.plan(q, k)
-    monkeypatch.setattr("baselines.vertical_slash.MAX_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("pbs.ops.last_query_scores.reference.MAX_ELEMENTS", 1)
     monkeypatch.setattr("pbs.ops.slash_windows.reference.MAX_ELEMENTS", 1)
     chunked = method.plan(q, k)
     for name in ("windows", "num_windows", "columns", "num_columns"):
         assert torch.equal(getattr(at_once, name), getattr(chunked, name))
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("last_q", [1, 64, 1000])
-@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (30, 200), (500, 500)])
-def test_scores_are_the_last_queries_attention_by_key_and_by_offset(num_queries, num_keys, last_q):
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (30, 200), (300, 300)])
+def test_scores_are_the_last_queries_attention_by_key_and_by_offset(
+    num_queries, num_keys, last_q, backend
+):
     q, k, _ = make_qkv(2, 6, 2, num_keys, 64, num_queries=num_queries, structure="mixed")
-    vertical, slash = last_query_scores(q, k, scale=0.125, last_q=last_q)
+    vertical, slash = last_query_scores(q, k, scale=0.125, last_q=last_q, backend=backend)
     for sequence in range(2):
         for head in range(6):
             expected = truth.last_query_scores(

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from baselines.vertical_slash import vertical_slash_lists
 from pbs import BlockGrid, block_sparse_attention
 from pbs.ops.antidiagonal import antidiagonal_block_sums
 from pbs.ops.block_selection import select_pooled_blocks, select_top_p_blocks
 from pbs.ops.dense import choose_dense_kernel, dense_attention
 from pbs.ops.key_power_sums import key_power_sums
 from pbs.ops.largest_within import largest_within
+from pbs.ops.last_query_scores import last_query_scores
 from pbs.ops.permutation import (
     gather_and_pool,
     gather_keys,
@@ -183,6 +185,33 @@ def test_the_largest_entries_within_a_goal_match_their_reference(num_entries):
     expected = largest_within(x, 0.9).counts(x)
     got = largest_within(x.cuda(), 0.9).counts(x.cuda()).cpu()
     assert ((got - expected).abs() <= 1 + expected // 1000).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("head_dim", "last_q"), [(64, 64), (128, 128), (128, 7)])
+def test_last_query_scores_match_their_reference(head_dim, last_q, dtype):
+    q, k, _ = make_qkv(2, 8, 2, 1000, head_dim, dtype=dtype, structure="mixed")
+    settings = {"scale": head_dim**-0.5, "last_q": last_q}
+    expected = last_query_scores(q, k, **settings)
+    got = last_query_scores(q.cuda(), k.cuda(), **settings)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, atol=1e-3, rtol=1e-2)
+
+
+def test_vertical_slash_lists_match_their_reference():
+    generator = torch.Generator().manual_seed(0)
+    columns, offsets = (torch.rand(2, 4, 3000, generator=generator) < 0.02 for _ in "ab")
+    offsets[..., 0] = True
+    grid = BlockGrid(3000, 3000, 64, 64)
+    expected = vertical_slash_lists(columns, offsets, grid)
+    got = vertical_slash_lists(columns.cuda(), offsets.cuda(), grid)
+    for name in ("windows", "columns"):
+        counts = getattr(expected, f"num_{name}")
+        assert torch.equal(getattr(got, f"num_{name}").cpu(), counts)
+        slots = torch.arange(getattr(expected, name).shape[-1])
+        valid = slots < counts[..., None]
+        ours = getattr(got, name).cpu()[..., : len(slots)]
+        assert torch.equal(ours[valid], getattr(expected, name)[valid])
 
 
 @pytest.mark.parametrize("num_tiles", [63, 1000, 4096])
