@@ -13,7 +13,7 @@ from tests.ops.attention_truth import causal_mask, exact_attention
 from tests.properties.draws import PARAMETERS, Case, cases, scale_of
 from tests.properties.promises import largest_density, promised_pairs
 
-NUM_CASES = 200
+NUM_CASES = 120
 NUM_SLOW_CASES = 500
 # Largest error in multiples of the dtype's eps and the largest value: a wrong pair is far outside.
 ERROR_IN_EPS = 32

@@ -21,26 +21,32 @@ PICTURES = {
 SENTENCE = "make some with"
 
 
-def execute(folder: Path, outputs: Path) -> dict[str, list[dict]]:
-    """What the cells of each notebook show, run beside this outputs folder.
+def execute(folder: Path, outputs: Path) -> dict[str, dict[str, list[dict]]]:
+    """What the cells of each notebook show, run beside real outputs ("some") and an empty folder.
 
     One after another in one kernel, emptied of names in between: loading torch in a kernel of its
     own for each would take most of the time.
     """
-    (folder / "notebooks").mkdir()
-    (folder / "outputs").symlink_to(outputs)
+    (folder / "empty").mkdir()
     together = nbformat.v4.new_notebook()
     parts = {}
-    for name, path in NOTEBOOKS.items():
-        cells = nbformat.read(path, as_version=4).cells
-        parts[name] = slice(len(together.cells) + 1, len(together.cells) + 1 + len(cells))
-        together.cells += [nbformat.v4.new_code_cell("%reset -f"), *cells]
-    resources = {"metadata": {"path": str(folder / "notebooks")}}
+    for kind, there in (("some", outputs), ("none", folder / "empty")):
+        place = folder / kind
+        (place / "notebooks").mkdir(parents=True)
+        (place / "outputs").symlink_to(there)
+        for name, path in NOTEBOOKS.items():
+            cells = nbformat.read(path, as_version=4).cells
+            parts[kind, name] = slice(len(together.cells) + 1, len(together.cells) + 1 + len(cells))
+            begin = f"%reset -f\nimport os\nos.chdir({str(place / 'notebooks')!r})"
+            together.cells += [nbformat.v4.new_code_cell(begin), *cells]
+    resources = {"metadata": {"path": str(ROOT)}}
     NotebookClient(together, timeout=240, kernel_name="python3", resources=resources).execute()
-    return {
-        name: [output for cell in together.cells[part] for output in cell.get("outputs", [])]
-        for name, part in parts.items()
-    }
+    found: dict[str, dict[str, list[dict]]] = {"some": {}, "none": {}}
+    for (kind, name), part in parts.items():
+        found[kind][name] = [
+            output for cell in together.cells[part] for output in cell.get("outputs", [])
+        ]
+    return found
 
 
 def count_pictures(shown: dict[str, list[dict]]) -> dict[str, int]:
@@ -50,21 +56,16 @@ def count_pictures(shown: dict[str, list[dict]]) -> dict[str, int]:
     }
 
 
-def test_notebooks_show_the_results_there_are(tmp_path, outputs):
+def test_notebooks_show_the_results_there_are_and_else_say_what_to_run(tmp_path, outputs):
     shown = execute(tmp_path, outputs)
-    assert count_pictures(shown) == {name: count for name, (count, _) in PICTURES.items()}
+    some, none = shown["some"], shown["none"]
+    assert count_pictures(some) == {name: count for name, (count, _) in PICTURES.items()}
     # None of these runs is of bench=likelihood.
-    assert [name for name in shown if SENTENCE in json.dumps(shown[name])] == ["real_model"]
-    assert "pbs threshold=0.5" in json.dumps(shown["compare_baselines"])
-    assert "pbs threshold=0.5" in json.dumps(shown["your_own_method"])
-
-
-def test_notebooks_say_what_to_run_where_nothing_is(tmp_path):
-    (tmp_path / "empty").mkdir()
-    shown = execute(tmp_path, tmp_path / "empty")
-    assert count_pictures(shown) == {name: count for name, (_, count) in PICTURES.items()}
-    for name, outputs in shown.items():
-        assert SENTENCE in json.dumps(outputs), name
+    assert [name for name in some if SENTENCE in json.dumps(some[name])] == ["real_model"]
+    assert "pbs threshold=0.5" in json.dumps(some["compare_baselines"])
+    assert "pbs threshold=0.5" in json.dumps(some["your_own_method"])
+    assert count_pictures(none) == {name: count for name, (_, count) in PICTURES.items()}
+    assert [name for name in none if SENTENCE not in json.dumps(none[name])] == []
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
