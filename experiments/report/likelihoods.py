@@ -11,9 +11,7 @@ from matplotlib.figure import Figure
 from experiments.report.likelihood_table import likelihood_table
 from experiments.report.pictures.likelihood_curves import likelihood_figures
 from experiments.report.runs import Results
-from experiments.settings.config import ROOT
-
-MEASURED = ROOT / "experiments" / "measured"
+from experiments.timing.result_folders import COMMITTED
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ def all_likelihoods(results: Results) -> list[Likelihoods]:
     ]
 
 
-def committed_likelihoods(root: Path = MEASURED) -> list[Likelihoods]:
+def committed_likelihoods(root: Path = COMMITTED) -> list[Likelihoods]:
     """The newest that come with the project, a group for each length."""
     folder = newest_likelihood(root)
     found = []

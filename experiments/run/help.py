@@ -10,6 +10,8 @@ from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from experiments.settings.config import CONF
 from experiments.settings.explain import GROUPS
 
@@ -48,8 +50,11 @@ def explain_parameters(words: Sequence[str]) -> str:
             continue
         place = {"order": "method.order_params", "selector": "method.selector_params"}
         lines = [f"Parameters of {word}"]
+        chosen = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
+        assert isinstance(chosen, dict)
         for field, text in parameters_of(found):
-            value = "" if _default(field) is MISSING else f"={_default(field)!r}"
+            default = chosen.get(field.name, _default(field))  # what the option's file says
+            value = "" if default is MISSING else f"={default!r}"
             lines += _entry(f"{place.get(group, group)}.{field.name}{value}", text, wide=True)
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -70,8 +75,9 @@ def _class_of(group: str, name: str) -> type | None:
 
     registries = {"method": METHODS, "bench": BENCHES, "order": ORDERS, "selector": SELECTORS}
     registry = registries.get(group)
+    is_option = (CONF / group / f"{name}.yaml").is_file()
     name = name.removesuffix("_authors")  # another setting of the same class
-    if registry is None or name not in registry.names:
+    if registry is None or not is_option or name not in registry.names:
         return None
     loaded: type = registry.load(name)
     return loaded

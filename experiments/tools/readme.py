@@ -32,10 +32,15 @@ from experiments.settings.bench_names import BENCHES
 from experiments.settings.config import ROOT
 from experiments.settings.names import changed_parameters
 from experiments.store import Record
-from experiments.timing.result_folders import ResultFolder, newest_folders, read_folder
+from experiments.timing.result_folders import (
+    COMMITTED,
+    ResultFolder,
+    newest_folders,
+    read_folder,
+)
 
 PAGE = ROOT / "docs" / "results.md"
-RESULTS = ROOT / "experiments" / "measured"
+RESULTS = COMMITTED
 SECTIONS = ("real", "needle", "table7", "ttft")
 DEMO = ("flash", "meanpool", "pbs")
 # At which the real model's methods are set beside one another.

@@ -8,6 +8,7 @@ Legend: see :mod:`pbs.ops.grid`.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -122,6 +123,7 @@ def choose_dense_kernel(kernel: str, q: Tensor, k: Tensor) -> str:
     return kernel
 
 
+@cache
 def is_installed(kernel: str) -> bool:
     """Whether the package of a dense kernel is there; those of PyTorch always are."""
     module = _MODULES.get(kernel)

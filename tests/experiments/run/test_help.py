@@ -38,11 +38,12 @@ def test_chosen_options_parameters_are_listed():
     assert "method.threshold=0.9\n        cumulative block probability to reach" in text
     assert "method.order_params.stride=8" in text
     assert "bench.lengths=[1024, 4096, 8192]\n        prompt plus answer" in text
-    assert explain_parameters(["model=tiny", "method=none"]) == ""
+    assert explain_parameters(["model=tiny", "method=none", "method=pbs_authors"]) == ""
     done = subprocess.run(
         [sys.executable, str(ROOT / "run.py"), "method=xattention_authors", "--help"],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert "method.stride=8\n        s, divides B; larger is cheaper" in done.stdout
+    # Of that option's file, not of the class.
+    assert "method.stride=16\n        s, divides B; larger is cheaper" in done.stdout

@@ -70,27 +70,35 @@ def test_an_interrupted_run_continues_where_it_stopped(run, caplog):
     )
 
 
-def test_a_killed_process_loses_no_sample_and_doubles_none(run, tmp_path, project):
-    overrides = ["method=pbs", "bench.depths=[0.0,0.2,0.4,0.6,0.8,1.0]"]
-    words = ["debug=fast", "check=false", f"paths.outputs={tmp_path}", *overrides]
+def stop_after_two_samples(words, project, folder, how):
+    """Exit status of a command that got a signal, its samples, and what it said."""
     process = subprocess.Popen(
         [sys.executable, str(project / "run.py"), *words],
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        cwd=tmp_path,
+        text=True,
+        cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # as in this process
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        samples = list(tmp_path.glob("needle/tiny/pbs/*/samples.jsonl"))
+        samples = list(folder.glob("needle/tiny/pbs/*/samples.jsonl"))
         if samples and samples[0].read_bytes().count(b"\n") >= 2:
             break
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    killed = samples[0].read_bytes()
-    assert not (samples[0].parent / "metrics.json").exists(), "killed too late to test anything"
+    os.kill(process.pid, how)
+    _, said = process.communicate()
+    return process.returncode, samples[0], said
+
+
+def test_a_killed_process_loses_no_sample_and_doubles_none(run, tmp_path, project):
+    overrides = ["method=pbs", "bench.depths=[0.0,0.2,0.4,0.6,0.8,1.0]"]
+    words = ["debug=fast", "check=false", f"paths.outputs={tmp_path}", *overrides]
+    _, samples, _ = stop_after_two_samples(words, project, tmp_path, signal.SIGKILL)
+    killed = samples.read_bytes()
+    assert not (samples.parent / "metrics.json").exists(), "killed too late to test anything"
     store = run(*overrides)
-    assert store.samples_path == samples[0]
+    assert store.samples_path == samples
     assert store.samples_path.read_bytes().startswith(killed[: killed.rfind(b"\n") + 1])
     resumed = store.samples()
     assert len(store.samples_path.read_text().splitlines()) == len(resumed) == 12
@@ -100,27 +108,13 @@ def test_a_killed_process_loses_no_sample_and_doubles_none(run, tmp_path, projec
 
 def test_ctrl_c_says_in_a_line_what_is_kept(tmp_path, project):
     words = ["debug=fast", "check=false", f"paths.outputs={tmp_path}", "method=pbs"]
-    process = subprocess.Popen(
-        [sys.executable, str(project / "run.py"), *words, "bench.depths=[0.0,0.2,0.4,0.6,0.8,1.0]"],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        samples = list(tmp_path.glob("needle/tiny/pbs/*/samples.jsonl"))
-        if samples and samples[0].read_bytes().count(b"\n") >= 2:
-            break
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGINT)
-    _, said = process.communicate()
-    assert process.returncode == 130, said
+    words.append("bench.depths=[0.0,0.2,0.4,0.6,0.8,1.0]")
+    status, samples, said = stop_after_two_samples(words, project, tmp_path, signal.SIGINT)
+    assert status == 130, said
     assert "Traceback" not in said
     last = said.strip().splitlines()[-1]
     assert last.startswith("stopped; needle · tiny · pbs")
-    assert f"samples are kept in {samples[0].parent}; the same command continues" in last
+    assert f"samples are kept in {samples.parent}; the same command continues" in last
 
 
 def test_a_failure_is_recorded_and_tried_again(run, monkeypatch):
