@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shell docs demo model-smollm2 test test-vllm test-gpu check format lint type kernels bench bench-gpu notebooks report leaderboard readme golden licences audit clean
+.PHONY: help setup shell docs demo model-smollm2 test test-vllm test-gpu check format lint type kernels bench bench-gpu notebooks report leaderboard readme badges golden licences audit clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -65,6 +65,9 @@ leaderboard: $(VENV)/.core ## Write outputs/leaderboard.csv, each run checked ag
 
 readme: $(VENV)/.core ## Write the README's result tables from results
 	$(BIN)/python -m experiments.tools.readme
+
+badges: $(VENV)/.core ## Put badges into the notebooks: make badges REPO=owner/name
+	$(BIN)/python -m experiments.tools.badges $(REPO)
 
 golden: $(VENV)/.dev ## Write tests/golden/needle.json anew, after a change meant to move numbers
 	$(BIN)/python -m tests.golden.update
