@@ -1,8 +1,15 @@
-"""An offline vLLM engine in its own process: ``python -m tests.serving.generate SPEC OUT``."""
+"""Offline vLLM engines: ``python -m tests.serving.generate``, then a line for each.
+
+A line is a JSON list: options of ``LLM``, the file for the answers, the file for what is said. Each
+engine has a process of its own, forked from this one, which has imported vLLM; "exit STATUS" is
+written when it has ended.
+"""
 
 import json
+import os
 import shutil
 import sys
+import traceback
 from pathlib import Path
 
 MODEL = Path(__file__).parents[2] / "experiments" / "tiny"
@@ -70,5 +77,30 @@ def main(spec, out):
     )
 
 
+def serve():
+    """An engine for each line of the standard input."""
+    import vllm  # noqa: F401
+
+    for line in sys.stdin:
+        spec, out, log = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            with open(log, "w") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            status = 1
+            try:
+                main(spec, out)
+                status = 0
+            except BaseException:  # noqa: BLE001 - the status says it
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+        print(f"exit {os.waitstatus_to_exitcode(status)}", flush=True)
+
+
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), sys.argv[2])
+    serve()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pbs.patch.vllm.watch import LATENT
 from tests.serving.generate import DTYPE, MODEL, ON_GPU, questions
 
 pytestmark = pytest.mark.vllm
@@ -37,31 +38,83 @@ CASES = {
 if not ON_GPU:
     CASES["two-workers"] = SMALL_CHUNKS | {"tensor_parallel_size": 2}
 
+# A small model with latent attention, of the sizes for which vLLM has a kernel.
+LATENT_MODEL = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "vocab_size": json.loads((MODEL / "config.json").read_text())["vocab_size"],
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 2,
+    "num_experts_per_tok": 1,
+    "first_k_dense_replace": 2,
+    "max_position_embeddings": 8192,
+}
+
 # Tests may run beside each other.
 SHARED_GPU = ("--gpu-memory-utilization", "0.1")
 
 
-def generate(spec, settings, out, *, check=True):
-    """What an engine answers, or where it must fail, what it says."""
-    if settings is not None:
-        spec = spec | {"additional_config": {"pbs": settings}}
-    command = [sys.executable, "-m", "tests.serving.generate", json.dumps(spec), str(out)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=500
-    )
-    if check:
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-        return json.loads(out.read_text())
-    assert done.returncode != 0
-    return done.stdout + done.stderr
+class Engines:
+    """Offline engines, one after the other, by a process that imports vLLM once."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        # A lone worker needs no process of its own.
+        environment = ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.serving.generate"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.found = {}
+
+    def run(self, spec, settings=None, *, check=True):
+        """What an engine answers, or where it must fail, what it says; kept."""
+        if settings is not None:
+            spec = spec | {"additional_config": {"pbs": settings}}
+        key = json.dumps(spec, sort_keys=True)
+        if key not in self.found:
+            out, log = (self.folder / f"{len(self.found)}.{kind}" for kind in ("json", "log"))
+            self.process.stdin.write(json.dumps([spec, str(out), str(log)]) + "\n")
+            self.process.stdin.flush()
+            lines = iter(self.process.stdout.readline, "")
+            ended = next((line for line in lines if line.startswith("exit ")), None)
+            assert ended is not None, "the process of the engines has ended"
+            answers = json.loads(out.read_text()) if out.exists() else None
+            self.found[key] = int(ended.split()[1]), log.read_text(), answers
+        status, said, answers = self.found[key]
+        assert (status == 0) == check, said[-8000:]
+        return answers if check else said
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    running = Engines(tmp_path_factory.mktemp("engines"))
+    yield running
+    running.close()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_at_threshold_1_the_tokens_are_stock_vllms(case, tmp_path):
+def test_at_threshold_1_the_tokens_are_stock_vllms(case, engines):
     spec = CASES[case]
-    stock = generate(spec, None, tmp_path / "stock.json")
+    stock, dense = engines.run(spec), engines.run(spec, {"threshold": 1.0})
     assert all(worker == {} for worker in stock["workers"])
-    dense = generate(spec, {"threshold": 1.0}, tmp_path / "dense.json")
     for ours, theirs in zip(dense["rounds"], stock["rounds"], strict=True):
         assert ours["tokens"] == theirs["tokens"]
         assert ours["cached"] == theirs["cached"]
@@ -72,8 +125,8 @@ def test_at_threshold_1_the_tokens_are_stock_vllms(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", sorted({"chunks", "compiled", "two-workers"} & set(CASES)))
-def test_sparse_prompts_are_counted_by_tiles_and_answered(case, tmp_path):
-    found = generate(CASES[case], {"method": "pbs", "threshold": 0.9}, tmp_path / "sparse.json")
+def test_sparse_prompts_are_counted_by_tiles_and_answered(case, engines):
+    found = engines.run(CASES[case], {"method": "pbs", "threshold": 0.9})
     for worker in found["workers"]:
         assert set(worker) == {"0", "1"}
         assert all(0.1 < layer["density"] < 0.9 for layer in worker.values())
@@ -81,12 +134,26 @@ def test_sparse_prompts_are_counted_by_tiles_and_answered(case, tmp_path):
         assert sum(one["correct"]) >= len(one["correct"]) - 1
 
 
+def test_latent_layers_stay_dense_and_are_counted(engines, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LATENT_MODEL))
+    spec = {"model": str(tmp_path), "tokenizer": str(MODEL), "load_format": "dummy"}
+    spec |= SMALL_CHUNKS | {"dtype": "bfloat16"}  # the kernel for CPUs with AMX takes no float32
+    stock, found = engines.run(spec), engines.run(spec, {"method": "pbs", "threshold": 0.9})
+    for ours, theirs in zip(found["rounds"], stock["rounds"], strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+    (worker,) = found["workers"]
+    assert set(worker) == {"0", "1"}
+    for layer in worker.values():
+        assert layer["sparse"] == 0
+        assert layer["dense"][LATENT] >= len(found["rounds"][0]["tokens"])
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [({"method": "pbss"}, "Did you mean 'pbs'"), ({"treshold": 1}, "Did you mean 'threshold'")],
 )
-def test_wrong_settings_stop_the_engine(settings, said, tmp_path):
-    assert said in generate({}, settings, tmp_path / "never.json", check=False)
+def test_wrong_settings_stop_the_engine(settings, said, engines):
+    assert said in engines.run({}, settings, check=False)
 
 
 def free_port():

@@ -129,6 +129,23 @@ class CPULayer(Layer):
         return both.view(pages.shape)
 
 
+class AttentionLayer:
+    """What vLLM builds around an implementation."""
+
+    def __init__(self, layer_name, attn_backend, impl):
+        self.layer_name, self.attn_backend, self.impl = layer_name, attn_backend, impl
+
+
+class LatentLayer:
+    """Multi-head latent attention."""
+
+    def __init__(self, layer_name):
+        self.layer_name = layer_name
+
+    def forward_impl(self, q, attn_metadata, output):
+        return output.copy_(q)
+
+
 def write_pages(key, value, key_cache, value_cache, slots, isa, **scales):
     """vLLM's op: tokens ``[T, 1, D]`` into the halves ``[1, 1, T, D]`` of one page."""
     assert isa == "stand-in"
@@ -159,6 +176,10 @@ def install(monkeypatch, vllm_config):
         "prometheus_client.core": {"CounterMetricFamily": CounterMetricFamily},
         "vllm._custom_ops": {"cpu_attn_reshape_and_cache": write_pages},
         "vllm.config": {"get_current_vllm_config": lambda: vllm_config},
+        "vllm.model_executor.layers.attention": {
+            "Attention": AttentionLayer,
+            "MLAAttention": LatentLayer,
+        },
         "vllm.model_executor.models.utils": {
             "extract_layer_index": lambda name: int(name.split(".")[2])
         },

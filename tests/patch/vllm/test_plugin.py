@@ -12,7 +12,18 @@ import torch
 from pbs import build_method
 from pbs.patch.vllm import batch, counters
 from pbs.patch.vllm.settings import ServingSettings
-from tests.patch.vllm.stand_in import HEAD_DIM, HEADS, KV_HEADS, PAGE, SCALE, Common, install
+from pbs.patch.vllm.watch import LATENT, watch
+from tests.patch.vllm.stand_in import (
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    PAGE,
+    SCALE,
+    AttentionLayer,
+    Common,
+    LatentLayer,
+    install,
+)
 
 # A decoding step, a prompt with a cached prefix, a decoding step, a whole prompt, a short chunk.
 QUERIES, LENGTHS = [1, 700, 1, 1300, 20], [333, 1500, 40, 1300, 600]
@@ -233,14 +244,73 @@ def test_wrong_settings_stop_the_server(settings, message):
         ServingSettings.of(config_of(settings))
 
 
-def test_registration_names_classes_and_metrics_read_every_workers_file(monkeypatch, tmp_path):
+@pytest.fixture
+def watched(monkeypatch):
+    """``start(settings)`` watches the stand-ins for vLLM's layers."""
+    for layer_class in (AttentionLayer, LatentLayer):
+        monkeypatch.setattr(layer_class, "__init__", layer_class.__init__)
+
+    def start(settings):
+        install(monkeypatch, config_of(settings))
+        watch()
+
+    return start
+
+
+class OtherBackend:
+    @staticmethod
+    def get_name():
+        return "FLASHINFER"
+
+
+def test_a_layer_that_gets_another_backend_stops_the_server(watched):
+    watched(SPARSE)
+    with pytest.raises(ValueError, match=r"layers.0.attn got .*FLASHINFER.*--attention-backend"):
+        AttentionLayer("model.layers.0.attn", OtherBackend, SimpleNamespace())
+
+
+def test_without_settings_any_backend_will_do(watched):
+    watched(None)
+    AttentionLayer("model.layers.0.attn", OtherBackend, SimpleNamespace())
+    layer = LatentLayer("model.layers.0.attn")
+    layer.forward_impl(torch.ones(2), SimpleNamespace(num_prefills=1), torch.zeros(2))
+    assert counters.COUNTERS.to_dict() == {}
+
+
+@pytest.mark.parametrize("is_derived", [False, True])
+def test_backends_that_vllm_derives_stay_dense(watched, platform, is_derived):
+    watched(SPARSE)
+    _, impl = platform(SPARSE)
+    ours = {"get_name": staticmethod(lambda: "CUSTOM")}
+    module = "vllm.chunked" if is_derived else "pbs.patch.vllm.cuda"
+    backend = type("Backend", (), {**ours, "__module__": module})
+    AttentionLayer("model.layers.0.attn", backend, impl)
+    assert impl.pbs.reason == ("backend CUSTOM" if is_derived else "")
+
+
+def test_latent_layers_are_counted_as_dense(watched):
+    watched(SPARSE)
+    layer = LatentLayer("model.layers.1.attn")
+    out = torch.zeros(2)
+    layer.forward_impl(torch.ones(2), SimpleNamespace(num_prefills=3), output=out)
+    layer.forward_impl(torch.ones(2), attn_metadata=SimpleNamespace(num_prefills=0), output=out)
+    assert bool((out == 1).all())
+    assert counters.COUNTERS.to_dict()["1"]["dense"] == {LATENT: 3}
+
+
+def test_registration_names_classes_and_metrics_read_every_workers_file(
+    monkeypatch, tmp_path, watched
+):
+    del watched  # which restores what is extended
     registered = install(monkeypatch, config_of(SPARSE))
     from pbs.patch import vllm as plugin
     from pbs.patch.vllm.metrics import Collector
 
     monkeypatch.setenv(counters.FOLDER, str(tmp_path))
     plugin.register()
+    once = AttentionLayer.__init__
     plugin.register()
+    assert AttentionLayer.__init__ is once
     assert registered == {
         "CPU_ATTN": "pbs.patch.vllm.cpu.SparseCPUBackend",
         "CUSTOM": "pbs.patch.vllm.cuda.SparseFlashBackend",
