@@ -9,6 +9,7 @@ from torch import Tensor
 from pbs.checks import check_choice
 from pbs.methods.base import AttentionMethod, Call
 from pbs.methods.facts import Facts
+from pbs.ops.block_sparse_attention import AS_GIVEN
 from pbs.ops.dense import DENSE_KERNELS, choose_dense_kernel, dense_attention
 from pbs.ops.plan import AttentionPlan
 
@@ -32,6 +33,10 @@ class FlashAttention(AttentionMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self.kernel, DENSE_KERNELS, name="dense kernel")
+        if self.precision != AS_GIVEN:
+            raise ValueError(
+                f"precision={self.precision!r} is for sparse plans; dense attention runs as given"
+            )
 
     def select(self, call: Call) -> AttentionPlan:
         """Every causal tile."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from experiments.gate.report import GateError
 from pbs import AttentionMethod, CallRecord, block_sparse_attention
+from pbs.ops.block_sparse_attention import AS_GIVEN
 
 # Largest token mask (heads x N x N) to write out; longer plans are only validated.
 MAX_MASK_ELEMENTS = 1 << 28
@@ -26,7 +27,7 @@ class PlanExaminer:
         self.num_leaks = 0
         self.kernel_error = 0.0
 
-    def examine(self, record: CallRecord, backend: str) -> None:
+    def examine(self, record: CallRecord, backend: str, precision: str) -> None:
         """Causality of the plan; output of the kernel for it, with the keys as values."""
         plan, q, k = record.plan, record.q, record.k
         if plan.is_dense or self.num_plans >= NUM_PLANS:
@@ -44,15 +45,30 @@ class PlanExaminer:
         self.num_leaks += int((seen & future).sum())
         own = seen.gather(3, positions[:, None].expand(*seen.shape[:3], 1))
         self.num_leaks += int((~own).sum())
-        out = block_sparse_attention(q, k, k, plan, scale=record.scale, backend=backend)
+        settings = {"scale": record.scale, "precision": precision}
+        out = block_sparse_attention(q, k, k, plan, backend=backend, **settings)
+        rounded = None
+        if precision != AS_GIVEN:
+            rounded = block_sparse_attention(
+                q, k, k, plan, backend="reference", **settings
+            ).double()
         self.num_outputs += 1
-        self.kernel_error = max(self.kernel_error, _kernel_error(out, record, seen))
+        error = _kernel_error(out, record, seen, rounded)
+        self.kernel_error = max(self.kernel_error, error)
 
 
-def _kernel_error(out: Tensor, record: CallRecord, seen: Tensor) -> float:
-    """Error of the output over its budget: twice that of eager attention in the same dtype."""
+def _kernel_error(out: Tensor, record: CallRecord, seen: Tensor, rounded: Tensor | None) -> float:
+    """Error of the output over its budget: twice that of eager attention in the same precision.
+
+    Args:
+        out: the kernel's.
+        record: of the call.
+        seen: the plan's pairs.
+        rounded: eager attention; None: in the dtype of ``out``.
+    """
     exact = _masked_attention(record, seen, torch.float64)
-    rounded = _masked_attention(record, seen, out.dtype)
+    if rounded is None:
+        rounded = _masked_attention(record, seen, out.dtype)
     # Probabilities and the online softmax round a few times more than one matrix product.
     band = 4 * torch.finfo(out.dtype).eps * float(exact.abs().max())
     budget = 2 * float((rounded - exact).abs().max()) + band
@@ -78,7 +94,7 @@ def recording(method: AttentionMethod, examiner: PlanExaminer) -> Iterator[None]
     previous = method.recorder
 
     def record(call: CallRecord) -> None:
-        examiner.examine(call, method.backend)
+        examiner.examine(call, method.backend, method.precision)
         if previous is not None:
             previous(call)
 

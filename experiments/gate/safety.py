@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from experiments.gate.plans import PlanExaminer, recording
 from experiments.gate.report import CheckReport, GateError, GateReport
 from pbs import AttentionMethod, build_method
+from pbs.ops.block_sparse_attention import AS_GIVEN
 from pbs.patch.huggingface import apply_patch_with_prefill, get_patch
 
 # Prompt lengths to try, none a multiple of a block, until the method runs sparse.
@@ -92,6 +93,10 @@ class _Gate:
         )
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         densest = method.densest()
+        if densest is not None:
+            # What eight bits lose is a matter of degree, which the likelihood measures; the kernel
+            # is compared with its emulation.
+            densest = replace(densest, precision=AS_GIVEN)
         self.densest = build_method("flash") if densest is None else densest
         self.densest_name = (
             "dense attention (the method has no setting that equals it)"

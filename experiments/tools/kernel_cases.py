@@ -79,24 +79,37 @@ def _attention() -> dict[str, Case]:
         found[f"attention bf16 D={head_dim} triton"] = partial(
             _attend, "pbs", head_dim, "bf16", uses_hopper=False
         )
+    for head_dim in (64, 80, 128):
+        found[f"attention fp8 D={head_dim} B=128"] = partial(
+            _attend, "pbs", head_dim, "bf16", precision="fp8"
+        )
     found["attention fp32 D=128 B=128"] = partial(_attend, "pbs", 128, "fp32")
     return found
 
 
 def _attend(
-    method: str, head_dim: int, dtype: str, *, uses_hopper: bool | None = None, **params: Any
+    method: str,
+    head_dim: int,
+    dtype: str,
+    *,
+    uses_hopper: bool | None = None,
+    precision: str = "as_given",
+    **params: Any,
 ) -> object:
     from pbs import build_method
     from pbs.ops.block_sparse_attention.triton import block_sparse_attention
 
     q, k = _tensor(head_dim, dtype), _tensor(head_dim, dtype, heads=1)
     plan = build_method(method, **params).plan(q, k)
-    return block_sparse_attention(q, k, k, plan, scale=1.0, uses_hopper=uses_hopper)
+    return block_sparse_attention(
+        q, k, k, plan, scale=1.0, uses_hopper=uses_hopper, precision=precision
+    )
 
 
 def _order_and_gather() -> dict[str, Case]:
     from pbs.ops.permutation import triton as permutation
     from pbs.ops.pooling import triton as pooling
+    from pbs.ops.quantisation import triton as quantisation
 
     found: dict[str, Case] = {}
     order = torch.arange(NUM_TOKENS).expand(1, 4, -1)
@@ -114,6 +127,14 @@ def _order_and_gather() -> dict[str, Case]:
         found[f"gather and pool {name}"] = partial(
             permutation.gather_and_pool, k, order, tile=128, pad_mean="real"
         )
+        for place, moved in (("", None), (" moved", order)):
+            settings = {"tile": 128, "order": moved}
+            found[f"quantise fp8 D={head_dim}{place}"] = partial(
+                quantisation.quantise_rows, k, **settings, shift=k[:, :, 0].float(), rotated=True
+            )
+            found[f"quantise values fp8 D={head_dim}{place}"] = partial(
+                quantisation.quantise_values, k, **settings
+            )
         found[f"pool {name}"] = partial(pooling.mean_pool, k, 128, pad_mean="real")
     for segment in (256, 2048):
         found[f"sort S={segment}"] = partial(

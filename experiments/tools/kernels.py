@@ -146,11 +146,18 @@ def _with_capability(
     return ask
 
 
+def chips_of(label: str) -> tuple[int, ...]:
+    """The chips that a case is for: one kernel multiplies eight bits, and what is for it."""
+    return (90,) if " fp8 " in label else ARCHITECTURES
+
+
 def launches_for(architecture: int) -> list[Launch]:
     """Every kernel in every configuration that methods launch on this chip."""
     launches: list[Launch] = []
     capability = divmod(architecture, 10)
     for label, launch in cases().items():
+        if architecture not in chips_of(label):
+            continue
         with recording(label, launches, capability):
             launch()
     return launches

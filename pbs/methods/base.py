@@ -10,10 +10,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pbs.checks import check_integer
+from pbs.checks import check_choice, check_integer
 from pbs.methods.crossover import find_crossover, setting_of
 from pbs.methods.facts import Facts
-from pbs.ops.block_sparse_attention import Backend, block_sparse_attention
+from pbs.ops.block_sparse_attention import (
+    AS_GIVEN,
+    FP8,
+    PRECISIONS,
+    Backend,
+    block_sparse_attention,
+)
 from pbs.ops.dense import dense_attention
 from pbs.ops.grid import BlockGrid, Geometry
 from pbs.ops.inputs import (
@@ -115,6 +121,10 @@ class AttentionMethod:
     Args:
         backend: who computes a sparse plan, see :class:`pbs.ops.block_sparse_attention.Backend`:
             "auto", "reference", "cpu", "triton" or "hopper".
+        precision: of the products of a sparse plan: "as_given", of the tensors' dtype, or "fp8",
+            eight bits on an H100 or H200, see :func:`pbs.ops.block_sparse_attention` (backend
+            "reference" emulates it anywhere, with N x N memory). Selection, and calls that run
+            dense, stay as given.
         dense_below: calls with fewer keys run dense, where selecting costs more than it saves; such
             calls are recorded as dense. 0: the method always decides itself. "auto": what was
             measured for this device, head shape and method at this very setting, at the density it
@@ -140,6 +150,7 @@ class AttentionMethod:
     facts: ClassVar[Facts | None] = None
 
     backend: str = "auto"
+    precision: str = AS_GIVEN
     dense_below: int | str = 0
     decode_below: int = 128
     recorder: Recorder | None = field(default=None, init=False, repr=False, compare=False)
@@ -149,6 +160,12 @@ class AttentionMethod:
         names = [member.value for member in Backend]
         if self.backend not in names:
             raise ValueError(f"unknown backend {self.backend!r}; valid: {', '.join(names)}")
+        check_choice(self.precision, PRECISIONS, name="precision")
+        if self.precision == FP8 and self.backend in (Backend.CPU.value, Backend.TRITON.value):
+            raise ValueError(
+                f"precision='fp8' has no kernel on backend {self.backend!r}: use 'auto' or "
+                "'hopper' on an H100 or H200, or 'reference', which emulates it"
+            )
         check_integer(self.decode_below, name="decode_below", smallest=0)
         if self.dense_below == "auto":
             return
@@ -306,7 +323,9 @@ class AttentionMethod:
         if plan.is_dense:
             with stage("attention"):
                 return self.compute_dense(q, k, v, scale=scale)
-        return block_sparse_attention(q, k, v, plan, scale=scale, backend=self.backend)
+        return block_sparse_attention(
+            q, k, v, plan, scale=scale, backend=self.backend, precision=self.precision
+        )
 
     def reason_to_run_dense(self, q: Tensor, k: Tensor) -> str:
         """Why a call with these shapes runs dense, whatever the method plans; "" if it does not.

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from enum import Enum
 from importlib import import_module
+from typing import Any
 
 from torch import Tensor
 
+from pbs.checks import check_choice
+from pbs.ops.block_sparse_attention.common import AS_GIVEN, FP8, PRECISIONS
 from pbs.ops.inputs import as_given, check_attention_inputs, refuse_gradient
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.stages import stage
@@ -36,6 +39,7 @@ def block_sparse_attention(
     *,
     scale: float | None = None,
     backend: Backend | str = Backend.AUTO,
+    precision: str = AS_GIVEN,
 ) -> Tensor:
     """One softmax per query over exactly the keys the plan names.
 
@@ -46,6 +50,13 @@ def block_sparse_attention(
         plan: made for these shapes, on q's device.
         scale: factor of the logits; default 1 / sqrt(D).
         backend: see :class:`Backend`.
+        precision: of both products. "as_given": of the tensors' dtype. "fp8": q, k and v are copied
+            into eight bits (e4m3: q with a scale for every 128 rows, k, less the mean of its head,
+            for every 128 keys, both rotated, v for every channel), weights are rounded to eight
+            bits, sums stay fp32. Runs on a Hopper GPU, with tiles of 128 or more, head dims that
+            are multiples of 16 to 128, and plans without columns, moved queries or unaligned
+            windows; REFERENCE emulates it anywhere. Source: FlashAttention-3, arXiv 2407.08608,
+            section 3.3.
 
     Returns:
         ``[Z, Hq, Nq, D]`` in q's dtype, also under autocast; zeros for a query without keys. A key
@@ -54,7 +65,8 @@ def block_sparse_attention(
         in a window.
 
     Raises:
-        ValueError: shapes, devices or the plan do not fit, or the backend's name is unknown.
+        ValueError: shapes, devices or the plan do not fit, or the name of the backend or of the
+            precision is unknown.
         TypeError: dtypes differ or are not floating point.
         NotImplementedError: no backend for q's device, or the named backend cannot run there; grad
             mode is on, q, k or v requires a gradient, and the backend is not REFERENCE.
@@ -76,6 +88,10 @@ def block_sparse_attention(
     if scale is None:
         scale = q.shape[3] ** -0.5
     module_name, options = _resolve(backend, q.device.type)
+    check_choice(precision, PRECISIONS, name="precision")
+    if precision == FP8:
+        _check_fp8(module_name, options, q.device.type)
+        options = {**options, "precision": precision}
     if module_name != Backend.REFERENCE.value:
         refuse_gradient(q, k, v)
     # Imported when used: a machine without Triton, or without need of it, never loads it.
@@ -85,7 +101,16 @@ def block_sparse_attention(
     return out
 
 
-def _resolve(backend: Backend | str, device_type: str) -> tuple[str, dict[str, bool]]:
+def _check_fp8(module_name: str, options: dict[str, Any], device_type: str) -> None:
+    """Refuse backends that have no eight-bit products."""
+    if module_name == Backend.CPU.value or options.get("uses_hopper") is False:
+        raise NotImplementedError(
+            f"precision='fp8' has no kernel on {device_type} by this backend: it needs 'hopper' on "
+            "an H100 or H200; backend='reference' emulates it"
+        )
+
+
+def _resolve(backend: Backend | str, device_type: str) -> tuple[str, dict[str, Any]]:
     """The module to run, and what to tell it."""
     names = [member.value for member in Backend]
     if backend not in names:

@@ -1,4 +1,4 @@
-"""What eager backends share. M queries, L keys, D head dim."""
+"""What backends share. M queries, L keys, D head dim."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 INF = float("inf")
+
+# Of the two products: as the tensors are given, or in eight bits.
+AS_GIVEN, FP8 = "as_given", "fp8"
+PRECISIONS = (AS_GIVEN, FP8)
+# What weights of at most 1 are multiplied by before they become e4m3, of 2^-9 to 448: it leaves 17
+# powers of two to those that are smaller.
+WEIGHT_SHIFT = 8
+WEIGHT_SCALE = 2.0**WEIGHT_SHIFT
 
 
 def weighted_values(weights: Tensor, values: Tensor, seen: Tensor) -> Tensor:

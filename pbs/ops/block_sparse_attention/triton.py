@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from pbs.ops.block_sparse_attention.common import AS_GIVEN, FP8
+from pbs.ops.block_sparse_attention.eight_bits import quantise_inputs
 from pbs.ops.block_sparse_attention.triton_hopper import hopper_options
 from pbs.ops.block_sparse_attention.triton_hopper import launch as launch_hopper
 from pbs.ops.block_sparse_attention.triton_parts import (
@@ -197,6 +199,7 @@ def block_sparse_attention(
     plan: AttentionPlan,
     *,
     scale: float,
+    precision: str = AS_GIVEN,
     uses_hopper: bool | None = None,
 ) -> Tensor:
     """See :func:`pbs.ops.block_sparse_attention.api.block_sparse_attention`.
@@ -207,8 +210,11 @@ def block_sparse_attention(
         v: as there.
         plan: as there.
         scale: as there.
+        precision: as there.
         uses_hopper: whether the Hopper kernel runs; None: where it can.
     """
+    if precision == FP8:
+        return _in_eight_bits(q, k, v, plan, scale)
     if not q.is_cuda:
         _check_interpreter(q)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
@@ -262,6 +268,45 @@ def block_sparse_attention(
             )
         else:
             _launch(q, k, v, ordered_k, ordered_v, out, plan, lists, scale * LOG2_E, options)
+    return out
+
+
+def _in_eight_bits(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+    """By the Hopper kernel on eight-bit copies, made where K and V are gathered anyway."""
+    _check_interpreter(q)
+    grid = plan.grid
+    shape = {
+        "head_dim": q.shape[3],
+        "element_size": 1,
+        "query_tile": grid.query_tile,
+        "key_tile": grid.key_tile,
+        "capability": torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0),
+    }
+    options = hopper_options(**shape)
+    if options is None or plan.columns is not None or plan.query_order is not None:
+        raise NotImplementedError(
+            "precision='fp8' needs a Hopper GPU, a head dim that is a multiple of 16 and at most "
+            "128, tiles of at least 128 and a plan without columns or moved queries; got "
+            f"capability {shape['capability']}, head dim {q.shape[3]}, tiles of "
+            f"{grid.query_tile} x {grid.key_tile}. Leave precision out, or ask for "
+            "backend='reference', which emulates it"
+        )
+    options = tuned("hopper", shape, options)
+    with stage("gather"):
+        eight = quantise_inputs(q, k, v, plan.order)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        launch_hopper(
+            *eight.tensors,
+            out,
+            lists=_Lists.of(plan)[:4],
+            local_window=plan.local_window,
+            query_tile=grid.query_tile,
+            key_tile=grid.key_tile,
+            scale_log2=scale * LOG2_E,
+            options=options,
+            scales=eight.scales,
+        )
     return out
 
 

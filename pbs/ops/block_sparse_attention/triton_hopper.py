@@ -35,21 +35,41 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from pbs.ops.block_sparse_attention.common import WEIGHT_SHIFT
+
 # Rows of q that one warpgroup works on: what its matrix instructions take.
 ROWS = 64
-_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+_SHIFT = gl.constexpr(WEIGHT_SHIFT)
 
 
 @gluon.jit
-def _load_tile(descriptor, plane, start, buffers, ready, free, step, NUM_BYTES: gl.constexpr):
-    """Fetch BLOCK_N rows into the next buffer of a ring, once its last readers have left it."""
+def _load_tile(
+    descriptor,
+    plane,
+    start,
+    buffers,
+    ready,
+    free,
+    step,
+    NUM_BYTES: gl.constexpr,
+    ALONG_ROWS: gl.constexpr,
+):
+    """Fetch BLOCK_N keys into the next buffer of a ring, once its last readers have left it.
+
+    ALONG_ROWS: keys follow each other in a row of memory, one row a channel; else each has a row.
+    """
     STAGES: gl.constexpr = buffers.shape[0]
     slot = step % STAGES
     mbarrier.wait(free.index(slot), (step // STAGES & 1) ^ 1)
     mbarrier.expect(ready.index(slot), NUM_BYTES)
-    tma.async_copy_global_to_shared(
-        descriptor, [plane, start, 0], ready.index(slot), buffers.index(slot)
-    )
+    if ALONG_ROWS:
+        tma.async_copy_global_to_shared(
+            descriptor, [plane, 0, start], ready.index(slot), buffers.index(slot)
+        )
+    else:
+        tma.async_copy_global_to_shared(
+            descriptor, [plane, start, 0], ready.index(slot), buffers.index(slot)
+        )
 
 
 @gluon.jit
@@ -65,6 +85,7 @@ def _produce(tiles, rings, KEY_TILE: gl.constexpr):
     NUM_BYTES: gl.constexpr = BLOCK_N * BLOCK_D * ITEM
     NUM_GROUPS: gl.constexpr = q_buffer.shape[0]
     ROWS: gl.constexpr = q_buffer.shape[2]
+    EIGHT: gl.constexpr = ITEM == 1
     mbarrier.expect(q_ready, NUM_GROUPS * ROWS * BLOCK_D * ITEM)
     for group in gl.static_range(NUM_GROUPS):
         tma.async_copy_global_to_shared(
@@ -73,17 +94,23 @@ def _produce(tiles, rings, KEY_TILE: gl.constexpr):
     done = num_windows * PARTS
     for step in range(done):
         start = gl.load(windows + step // PARTS) + step % PARTS * BLOCK_N
-        _load_tile(k_descriptor, kv_plane, start, k_buffers, k_ready, k_free, step, NUM_BYTES)
-        _load_tile(v_descriptor, kv_plane, start, v_buffers, v_ready, v_free, step, NUM_BYTES)
+        _load_tile(
+            k_descriptor, kv_plane, start, k_buffers, k_ready, k_free, step, NUM_BYTES, False
+        )
+        _load_tile(
+            v_descriptor, kv_plane, start, v_buffers, v_ready, v_free, step, NUM_BYTES, EIGHT
+        )
     for step in range(num_blocks * PARTS):
         start = gl.load(blocks + step // PARTS).to(gl.int32) * KEY_TILE + step % PARTS * BLOCK_N
         at = done + step
         _load_tile(
-            ordered_k_descriptor, order_plane, start, k_buffers, k_ready, k_free, at, NUM_BYTES
-        )
+            ordered_k_descriptor, order_plane, start, k_buffers, k_ready, k_free, at, NUM_BYTES,
+            False,
+        )  # fmt: skip
         _load_tile(
-            ordered_v_descriptor, order_plane, start, v_buffers, v_ready, v_free, at, NUM_BYTES
-        )
+            ordered_v_descriptor, order_plane, start, v_buffers, v_ready, v_free, at, NUM_BYTES,
+            EIGHT,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -102,18 +129,39 @@ def _start_logits(q, k_buffers, k_ready, step, zeros):
 def _start_values(weights, v_buffers, v_ready, step, acc):
     """acc plus weights times a V tile, not waited for."""
     STAGES: gl.constexpr = v_buffers.shape[0]
-    BLOCK_N: gl.constexpr = v_buffers.shape[2]
-    BLOCK_D: gl.constexpr = v_buffers.shape[3]
+    FIRST: gl.constexpr = v_buffers.shape[2]
+    SECOND: gl.constexpr = v_buffers.shape[3]
     slot = step % STAGES
     mbarrier.wait(v_ready.index(slot), step // STAGES & 1)
-    return warpgroup_mma(
-        weights, v_buffers.index(slot).reshape([BLOCK_N, BLOCK_D]), acc, is_async=True
-    )
+    values = v_buffers.index(slot).reshape([FIRST, SECOND])
+    if v_buffers.dtype.primitive_bitwidth == 8:
+        values = values.permute([1, 0])  # of [D, N]
+    return warpgroup_mma(weights, values, acc, is_async=True)
 
 
 @gluon.jit
-def _weigh(logits, row_max, row_sum, scale_log2, MASKED: gl.constexpr):
-    """Fold the logits of one tile into the running maximum and sum."""
+def _as_operand(weights, dtype: gl.constexpr, layout: gl.constexpr):
+    """Weights [M, N] as the left factor of the second product.
+
+    Of eight bits, a thread's factors are four keys that follow each other, while it holds logits of
+    two and two: values are stored in the order in which threads have their weights
+    (:func:`pbs.ops.quantisation.quantise_values`), so that none moves between threads.
+    """
+    if dtype.primitive_bitwidth == 8:
+        ROWS: gl.constexpr = weights.shape[0]
+        BLOCK_N: gl.constexpr = weights.shape[1]
+        eight = weights.to(dtype).reshape([ROWS, BLOCK_N // 16, 2, 4, 2])
+        eight = eight.permute([0, 1, 3, 2, 4]).reshape([ROWS, BLOCK_N])
+        return gl.convert_layout(eight, layout, assert_trivial=True)
+    return gl.convert_layout(weights.to(dtype), layout)
+
+
+@gluon.jit
+def _weigh(logits, row_max, row_sum, scale_log2, MASKED: gl.constexpr, SHIFT: gl.constexpr):
+    """Fold the logits of one tile into the running maximum and sum.
+
+    Weights, and so the sum, are 2^SHIFT times what they are called: the accumulator is, too.
+    """
     # scale_log2 is positive: the scaled maximum is the maximum scaled, and the subtraction below
     # becomes one fused multiply-add per logit.
     new_max = gl.maximum(row_max, gl.max(logits, 1) * scale_log2)
@@ -121,9 +169,19 @@ def _weigh(logits, row_max, row_sum, scale_log2, MASKED: gl.constexpr):
     if MASKED:
         # A row that has seen no key yet has maximum -inf; -inf - -inf would be NaN.
         reference = gl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = gl.exp2(logits * scale_log2 - reference[:, None])
+    if SHIFT:
+        weights = gl.exp2(logits * scale_log2 - (reference - SHIFT)[:, None])
+    else:
+        weights = gl.exp2(logits * scale_log2 - reference[:, None])
     decay = gl.exp2(row_max - reference)
     return weights, decay, new_max, row_sum * decay + gl.sum(weights, 1)
+
+
+@gluon.jit
+def _scale_of(scales, blocks, step, num_steps, PARTS: gl.constexpr):
+    """What the keys of one step of a list of tiles are multiplied by."""
+    tile = gl.load(blocks + step // PARTS).to(gl.int32) * PARTS + step % PARTS
+    return gl.load(scales + tile)
 
 
 @gluon.jit
@@ -131,6 +189,7 @@ def _consume(
     group: gl.constexpr,
     work,
     rings,
+    scales,
     HEAD_DIM: gl.constexpr,
     HAS_LOCAL_WINDOW: gl.constexpr,
     KEY_TILE: gl.constexpr,
@@ -138,16 +197,20 @@ def _consume(
     """One warpgroup: 64 rows over all tiles of the lists, then their output."""
     q_buffer, q_ready, k_buffers, v_buffers, k_ready, v_ready, k_free, v_free = rings
     num_window_steps, num_block_steps, windows, first_row, offset, num_queries = work[:6]
-    num_init, num_local, scale_log2, out_base, out_stride = work[6:]
+    num_init, num_local, scale_log2, out_base, out_stride, blocks = work[6:]
     ROWS: gl.constexpr = q_buffer.shape[2]
     BLOCK_N: gl.constexpr = k_buffers.shape[2]
     BLOCK_D: gl.constexpr = k_buffers.shape[3]
     STAGES: gl.constexpr = k_buffers.shape[0]
     PARTS: gl.constexpr = KEY_TILE // BLOCK_N
     dtype: gl.constexpr = q_buffer.dtype
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    # The matrix instruction takes 32 bytes of either factor a step.
+    EIGHT: gl.constexpr = dtype.primitive_bitwidth == 8
+    STEP: gl.constexpr = 32 if EIGHT else 16
+    SHIFT: gl.constexpr = _SHIFT if EIGHT else 0
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, STEP])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, STEP])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, STEP // 8)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
 
@@ -159,6 +222,9 @@ def _consume(
     acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
     row_max = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
     row_sum = gl.zeros([ROWS], gl.float32, s_rows)
+    if EIGHT:
+        k_scales, ordered_k_scales, q_scale, v_scales = scales
+        scale_log2 *= gl.load(q_scale)
     mbarrier.wait(q_ready, 0)
 
     # 1. Windows in natural order, with the causal mask per token. They are few: no overlap.
@@ -166,15 +232,19 @@ def _consume(
         token = _start_logits(q, k_buffers, k_ready, step, zeros)
         logits = warpgroup_mma_wait(0, deps=(token,))
         mbarrier.arrive(k_free.index(step % STAGES))
-        key = gl.load(windows + step // PARTS) + step % PARTS * BLOCK_N + keys
+        start = gl.load(windows + step // PARTS) + step % PARTS * BLOCK_N
+        key = start + keys
+        tile_scale = scale_log2
+        if EIGHT:
+            tile_scale *= gl.load(k_scales + start // BLOCK_N)
         seen = key[None, :] <= positions[:, None]
         if HAS_LOCAL_WINDOW:
             near = positions[:, None] - key[None, :] < num_local
             seen = seen & ((key < num_init)[None, :] | near)
         logits = gl.where(seen, logits, float("-inf"))
-        weights, decay, row_max, row_sum = _weigh(logits, row_max, row_sum, scale_log2, True)
+        weights, decay, row_max, row_sum = _weigh(logits, row_max, row_sum, tile_scale, True, SHIFT)
         acc = acc * gl.convert_layout(decay, o_rows)[:, None]
-        operand = gl.convert_layout(weights.to(dtype), p_layout)
+        operand = _as_operand(weights, dtype, p_layout)
         token = _start_values(operand, v_buffers, v_ready, step, acc)
         acc = warpgroup_mma_wait(0, deps=(token,))
         mbarrier.arrive(v_free.index(step % STAGES))
@@ -182,33 +252,50 @@ def _consume(
     # 2. Tiles that every row sees, in plan order: no mask. They are whole, so all keys exist.
     if num_block_steps > 0:
         step = num_window_steps
+        tile_scale = scale_log2
+        if EIGHT:
+            tile_scale *= _scale_of(ordered_k_scales, blocks, 0, num_block_steps, PARTS)
         token = _start_logits(q, k_buffers, k_ready, step, zeros)
         logits = warpgroup_mma_wait(0, deps=(token,))
         mbarrier.arrive(k_free.index(step % STAGES))
-        weights, decay, row_max, row_sum = _weigh(logits, row_max, row_sum, scale_log2, False)
+        weights, decay, row_max, row_sum = _weigh(
+            logits, row_max, row_sum, tile_scale, False, SHIFT
+        )
         acc = acc * gl.convert_layout(decay, o_rows)[:, None]
-        operand = gl.convert_layout(weights.to(dtype), p_layout)
+        operand = _as_operand(weights, dtype, p_layout)
         for step in range(num_window_steps + 1, num_window_steps + num_block_steps):
             s_token = _start_logits(q, k_buffers, k_ready, step, zeros)
             o_token = _start_values(operand, v_buffers, v_ready, step - 1, acc)
+            tile_scale = scale_log2
+            if EIGHT:  # while the products run
+                at = step - num_window_steps
+                tile_scale *= _scale_of(ordered_k_scales, blocks, at, num_block_steps, PARTS)
             logits = warpgroup_mma_wait(1, deps=(s_token,))
             mbarrier.arrive(k_free.index(step % STAGES))
-            weights, decay, row_max, row_sum = _weigh(logits, row_max, row_sum, scale_log2, False)
+            weights, decay, row_max, row_sum = _weigh(
+                logits, row_max, row_sum, tile_scale, False, SHIFT
+            )
             acc = warpgroup_mma_wait(0, deps=(o_token,))
             mbarrier.arrive(v_free.index((step - 1) % STAGES))
             acc = acc * gl.convert_layout(decay, o_rows)[:, None]
-            operand = gl.convert_layout(weights.to(dtype), p_layout)
+            operand = _as_operand(weights, dtype, p_layout)
         step = num_window_steps + num_block_steps - 1
         o_token = _start_values(operand, v_buffers, v_ready, step, acc)
         acc = warpgroup_mma_wait(0, deps=(o_token,))
 
     # A query without keys has sum 0 and accumulator 0: its output is 0.
     total = gl.convert_layout(gl.where(row_sum == 0.0, 1.0, row_sum), o_rows)
-    out = (acc / total[:, None]).to(dtype)
+    out = acc / total[:, None]
     rows = first_row + group * ROWS + gl.arange(0, ROWS, o_rows)
     dims = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_layout))
+    if EIGHT:
+        out *= gl.load(v_scales + dims, mask=dims < HEAD_DIM, other=0.0)[None, :]
     pointers = out_base + rows.to(gl.int64)[:, None] * out_stride + dims[None, :]
-    gl.store(pointers, out, mask=(rows < num_queries)[:, None] & (dims < HEAD_DIM)[None, :])
+    gl.store(
+        pointers,
+        out.to(out_base.dtype.element_ty),
+        mask=(rows < num_queries)[:, None] & (dims < HEAD_DIM)[None, :],
+    )
 
 
 @gluon.jit
@@ -230,6 +317,7 @@ def hopper_attention_fwd_kernel(
     windows_strides,
     num_windows_strides,
     scale_log2,
+    scales,
     num_heads,
     num_kv_heads,
     num_order_heads,
@@ -241,7 +329,12 @@ def hopper_attention_fwd_kernel(
     HAS_LOCAL_WINDOW: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """One program: 128 rows of one query tile of one head, over all keys the plan names."""
+    """One program: 128 rows of one query tile of one head, over all keys the plan names.
+
+    Args:
+        scales: of eight-bit tensors, contiguous: of q for every 128 rows, of k and of ordered k for
+            every BLOCK_N keys, of v for every channel; None for others.
+    """
     NUM_CONSUMERS: gl.constexpr = 2
     dtype: gl.constexpr = q_descriptor.dtype
     ROWS: gl.constexpr = q_descriptor.block_shape[1]
@@ -274,7 +367,11 @@ def hopper_attention_fwd_kernel(
         dtype, [NUM_CONSUMERS, 1, ROWS, BLOCK_D], q_descriptor.layout
     )
     k_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, BLOCK_D], k_descriptor.layout)
-    v_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, BLOCK_D], v_descriptor.layout)
+    V_ROWS: gl.constexpr = v_descriptor.block_shape[1]
+    V_COLUMNS: gl.constexpr = v_descriptor.block_shape[2]
+    v_buffers = gl.allocate_shared_memory(
+        dtype, [STAGES, 1, V_ROWS, V_COLUMNS], v_descriptor.layout
+    )
     q_ready = gl.allocate_shared_memory(gl.int64, [1], barrier_layout)
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
@@ -291,6 +388,18 @@ def hopper_attention_fwd_kernel(
     PARTS: gl.constexpr = KEY_TILE // BLOCK_N
     offset = num_keys - num_queries
     out_base = out_ptr + batch64 * out_strides[0] + head64 * out_strides[1]
+    plane = batch * num_heads + head
+    kv_plane = batch * num_kv_heads + head // (num_heads // num_kv_heads)
+    order_plane = batch * num_order_heads + head // (num_heads // num_order_heads)
+    tile_scales = ()
+    if scales is not None:
+        num_tiles = (num_keys + BLOCK_N - 1) // BLOCK_N
+        tile_scales = (
+            scales[1] + kv_plane * num_tiles,
+            scales[2] + order_plane * num_tiles,
+            scales[0] + plane * gl.num_programs(0) + part,
+            scales[3] + kv_plane * HEAD_DIM,
+        )
     rings = (q_buffer, q_ready, k_buffers, v_buffers, k_ready, v_ready, k_free, v_free)
     work = (
         num_windows * PARTS,
@@ -304,6 +413,7 @@ def hopper_attention_fwd_kernel(
         scale_log2,
         out_base,
         out_strides[2],
+        blocks,
     )
     tiles = (
         q_descriptor,
@@ -315,16 +425,16 @@ def hopper_attention_fwd_kernel(
         num_blocks,
         windows,
         num_windows,
-        batch * num_heads + head,
-        batch * num_kv_heads + head // (num_heads // num_kv_heads),
-        batch * num_order_heads + head // (num_heads // num_order_heads),
+        plane,
+        kv_plane,
+        order_plane,
         first_row,
     )
     # A consumer needs 240 registers a thread: the loading warp gives its own away.
     gl.warp_specialize(
         [
-            (_consume, (0, work, rings, HEAD_DIM, HAS_LOCAL_WINDOW, KEY_TILE)),
-            (_consume, (1, work, rings, HEAD_DIM, HAS_LOCAL_WINDOW, KEY_TILE)),
+            (_consume, (0, work, rings, tile_scales, HEAD_DIM, HAS_LOCAL_WINDOW, KEY_TILE)),
+            (_consume, (1, work, rings, tile_scales, HEAD_DIM, HAS_LOCAL_WINDOW, KEY_TILE)),
             (_produce, (tiles, rings, KEY_TILE)),
         ],
         [4, 1],
@@ -346,25 +456,29 @@ def hopper_options(
     """What to launch, as measured on an H100 and checked for spills by ``make kernels``.
 
     Two stages of 128-key tiles fill an SM at D = 128; a third was no faster. A head dim above 128
-    halves the keys a step.
+    halves the keys a step. Of eight bits three stages take less memory than two of sixteen (not
+    measured yet).
 
     Args:
         head_dim: D.
-        element_size: bytes per element of q, k and v.
+        element_size: bytes per element of q, k and v; 1: they will be quantised.
         query_tile: rows of the plan's tiles.
         key_tile: keys of the plan's tiles.
         capability: compute capability, (9, 0) for H100.
 
     Returns:
         None where this kernel does not run: other chips, fp32, query tiles below 128 rows (the two
-        warpgroups share K and V), key tiles below 64, D above 256.
+        warpgroups share K and V), key tiles below 64, D above 256; in eight bits key tiles below
+        128, D above 128 or no multiple of 16.
     """
-    if capability != (9, 0) or element_size != 2 or query_tile < 2 * ROWS or key_tile < 64:
+    if capability != (9, 0) or element_size > 2 or query_tile < 2 * ROWS or key_tile < 64:
         return None
     # Descriptors have rows that are multiples of 16 bytes.
-    if head_dim > 256 or head_dim % 8:
+    if head_dim > 256 or head_dim * element_size % 16:
         return None
     block_d = max(64, triton.next_power_of_2(head_dim))
+    if element_size == 1:
+        return HopperOptions(128, block_d, 3) if key_tile >= 128 and block_d <= 128 else None
     block_n = 128 if key_tile >= 128 and block_d <= 128 else 64
     return HopperOptions(block_n, block_d, num_stages=2)
 
@@ -383,15 +497,17 @@ def launch(
     key_tile: int,
     scale_log2: float,
     options: HopperOptions,
+    scales: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> None:
     """Write the attention of a plan into ``out``.
 
     Args:
         q: ``[Z, Hq, Nq, D]``, as all inputs fit for descriptors.
         k: ``[Z, Hkv, Nk, D]`` in natural order.
-        v: ``[Z, Hkv, Nk, D]`` in natural order.
+        v: ``[Z, Hkv, Nk, D]`` in natural order; of eight bits ``[Z, Hkv, D, T key_tile]``, see
+            :func:`pbs.ops.quantisation.quantise_values`.
         ordered_k: ``[Z, Ho, Nk, D]`` in plan order.
-        ordered_v: ``[Z, Ho, Nk, D]`` in plan order.
+        ordered_v: ``[Z, Ho, Nk, D]`` in plan order; of eight bits as v.
         out: ``[Z, Hq, Nq, D]``.
         lists: the plan's blocks, num_blocks, windows and num_windows, spread over Z and Hq.
         local_window: the plan's.
@@ -399,18 +515,25 @@ def launch(
         key_tile: keys of the plan's tiles.
         scale_log2: factor of the logits times log2(e), positive.
         options: from :func:`hopper_options`.
+        scales: of eight-bit tensors, as in the kernel; windows then begin at multiples of
+            ``key_tile``.
     """
     batch, num_heads, num_queries, head_dim = q.shape
-    keys = [_descriptor(x, options.block_n, options) for x in (k, v, ordered_k, ordered_v)]
+    block_n, block_d = options.block_n, options.block_d
+    value_box = (block_n, block_d) if scales is None else (block_d, block_n)
     hopper_attention_fwd_kernel[(triton.cdiv(num_queries, 2 * ROWS), batch * num_heads)](
-        _descriptor(q, ROWS, options),
-        *keys,
+        _descriptor(q, ROWS, block_d),
+        _descriptor(k, block_n, block_d),
+        _descriptor(v, *value_box),
+        _descriptor(ordered_k, block_n, block_d),
+        _descriptor(ordered_v, *value_box),
         out,
         *lists,
         lists[1] if local_window is None else local_window,
         out.stride(),
         *(x.stride() for x in lists),
         scale_log2,
+        scales,
         num_heads,
         k.shape[1],
         ordered_k.shape[1],
@@ -425,6 +548,8 @@ def launch(
     )
 
 
-def _descriptor(x: Tensor, rows: int, options: HopperOptions) -> TensorDescriptor:
-    """Boxes of rows of one head; what lies outside reads as 0."""
-    return TensorDescriptor.from_tensor(x.flatten(0, 1), [1, rows, options.block_d], _LAYOUT)
+def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Boxes of one head; what lies outside reads as 0."""
+    width = x.element_size()
+    layout = gl.NVMMASharedLayout(min(128, columns * width), 8 * width, rank=3)
+    return TensorDescriptor.from_tensor(x.flatten(0, 1), [1, rows, columns], layout)
