@@ -19,6 +19,7 @@ from pbs.ops.permutation import (
     sort_segments,
 )
 from pbs.ops.pooling import mean_pool
+from pbs.ops.quantisation import quantise_rows, quantise_values
 from pbs.ops.tile_logsumexp import tile_logsumexp
 from pbs.ops.tile_masses import tile_masses
 from pbs.testing import assert_within_budget, make_qkv
@@ -84,6 +85,44 @@ def test_hopper_kernel_agrees_with_the_triton_kernel(tile, head_dim, dtype):
     ours = block_sparse_attention(q, k, v, plan, backend="hopper")
     other = block_sparse_attention(q, k, v, plan, backend="triton")
     torch.testing.assert_close(ours, other, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("order_heads", [0, 2, 8])
+def test_eight_bits_err_as_much_as_their_emulation(order_heads, head_dim, dtype):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("eight-bit products run on Hopper alone")
+    q, k, v = make_qkv(2, 8, 2, 1500, head_dim, num_queries=1400, dtype=dtype)
+    order = segment_order(1500, 256)[:, :1].repeat(1, order_heads, 1) if order_heads else None
+    grid = BlockGrid(1400, 1500, 128, 128)
+    plan = random_plan(2, 8, grid, segment_size=256, order=order)
+    emulated = block_sparse_attention(q, k, v, plan, backend="reference", precision="fp8")
+    out = block_sparse_attention(q.cuda(), k.cuda(), v.cuda(), to_device(plan), precision="fp8")
+    exact = exact_attention(q, k, v, plan.token_mask(), head_dim**-0.5)
+    assert_within_budget(out.cpu(), emulated, exact)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_eight_bit_copies_match_their_reference(head_dim, moved):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no e4m3 on this device")
+    _, k, _ = make_qkv(2, 4, 2, 1000, head_dim, dtype=torch.bfloat16)
+    order = segment_order(1000, 256)[:, :1].repeat(1, 4, 1) if moved else None
+    on_gpu = None if order is None else order.cuda()
+    for quantise, settings in (
+        (quantise_rows, {"shift": k.float().mean(dim=2), "rotated": True}),
+        (quantise_values, {}),
+    ):
+        moved_settings = {
+            name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in settings.items()
+        }
+        expected, scales = quantise(k, tile=128, order=order, **settings)
+        found, found_scales = quantise(k.cuda(), tile=128, order=on_gpu, **moved_settings)
+        torch.testing.assert_close(found_scales.cpu(), scales, rtol=1e-2, atol=0)
+        # bf16 products, other sums: a quotient may round to the next step.
+        torch.testing.assert_close(found.cpu().float(), expected.float(), rtol=0.13, atol=0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
