@@ -133,7 +133,7 @@ def _order_and_gather() -> dict[str, Case]:
                 quantisation.quantise_rows, k, **settings, shift=k[:, :, 0].float(), rotated=True
             )
             found[f"quantise values fp8 D={head_dim}{place}"] = partial(
-                quantisation.quantise_values, k, **settings
+                quantisation.quantise_values, k, k[:, :, 0].float(), **settings
             )
         found[f"pool {name}"] = partial(pooling.mean_pool, k, 128, pad_mean="real")
     for segment in (256, 2048):

@@ -22,7 +22,7 @@ from experiments.timing.stopwatch import VARIANT_ERRORS, Effort, Timing, time_in
 from pbs import build_method
 from pbs.ops.block_sparse_attention import triton as kernels
 from pbs.ops.block_sparse_attention import tuned
-from pbs.ops.block_sparse_attention.triton_hopper import HopperOptions, hopper_options
+from pbs.ops.block_sparse_attention.triton_hopper_launch import HopperOptions, hopper_options
 from pbs.ops.plan import AttentionPlan
 
 Options = kernels.LaunchOptions | HopperOptions

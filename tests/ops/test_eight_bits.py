@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pbs import BlockGrid, block_sparse_attention
-from pbs.ops.block_sparse_attention.triton_hopper import hopper_options
+from pbs.ops.block_sparse_attention.triton_hopper_launch import hopper_options
 from pbs.testing import make_qkv
 from tests.ops.attention_truth import exact_attention
 from tests.ops.test_block_sparse_attention import random_plan

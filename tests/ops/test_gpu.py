@@ -19,7 +19,7 @@ from pbs.ops.permutation import (
     sort_segments,
 )
 from pbs.ops.pooling import mean_pool
-from pbs.ops.quantisation import quantise_rows, quantise_values
+from pbs.ops.quantisation import channel_scales, quantise_rows, quantise_values
 from pbs.ops.tile_logsumexp import tile_logsumexp
 from pbs.ops.tile_masses import tile_masses
 from pbs.testing import assert_within_budget, make_qkv
@@ -111,18 +111,18 @@ def test_eight_bit_copies_match_their_reference(head_dim, moved):
     _, k, _ = make_qkv(2, 4, 2, 1000, head_dim, dtype=torch.bfloat16)
     order = segment_order(1000, 256)[:, :1].repeat(1, 4, 1) if moved else None
     on_gpu = None if order is None else order.cuda()
-    for quantise, settings in (
-        (quantise_rows, {"shift": k.float().mean(dim=2), "rotated": True}),
-        (quantise_values, {}),
-    ):
-        moved_settings = {
-            name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in settings.items()
-        }
-        expected, scales = quantise(k, tile=128, order=order, **settings)
-        found, found_scales = quantise(k.cuda(), tile=128, order=on_gpu, **moved_settings)
-        torch.testing.assert_close(found_scales.cpu(), scales, rtol=1e-2, atol=0)
-        # bf16 products, other sums: a quotient may round to the next step.
-        torch.testing.assert_close(found.cpu().float(), expected.float(), rtol=0.13, atol=0.5)
+    scales = channel_scales(k)
+    expected = quantise_values(k, scales, tile=128, order=order)
+    found = quantise_values(k.cuda(), scales.cuda(), tile=128, order=on_gpu)
+    assert torch.equal(found.cpu().float(), expected.float())
+    shift = k.float().mean(dim=2)
+    expected, scales = quantise_rows(k, tile=128, order=order, shift=shift, rotated=True)
+    found, found_scales = quantise_rows(
+        k.cuda(), tile=128, order=on_gpu, shift=shift.cuda(), rotated=True
+    )
+    torch.testing.assert_close(found_scales.cpu(), scales, rtol=1e-2, atol=0)
+    # bf16 products, other sums: a quotient may round to the next step.
+    torch.testing.assert_close(found.cpu().float(), expected.float(), rtol=0.13, atol=0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -10,6 +10,8 @@ INF = float("inf")
 # Of the two products: as the tensors are given, or in eight bits.
 AS_GIVEN, FP8 = "as_given", "fp8"
 PRECISIONS = (AS_GIVEN, FP8)
+# Rows of q, and keys, that share a scale in eight bits: a program's, and a step's of its loop.
+SCALED = 128
 # What weights of at most 1 are multiplied by before they become e4m3, of 2^-9 to 448: it leaves 17
 # powers of two to those that are smaller.
 WEIGHT_SHIFT = 8

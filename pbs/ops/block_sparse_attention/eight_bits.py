@@ -8,14 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pbs.ops.quantisation import quantise_rows, quantise_values
-
-# Rows of q, and keys, that share a scale: what a program and a step of the kernel work on.
-TILE = 128
+from pbs.ops.block_sparse_attention.common import SCALED
+from pbs.ops.quantisation import channel_scales, quantise_rows, quantise_values
 
 
 class EightBits(NamedTuple):
-    """What :func:`pbs.ops.block_sparse_attention.triton_hopper.launch` takes, in its order."""
+    """What the launcher of the Hopper kernel takes, in its order."""
 
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     scales: tuple[Tensor, Tensor, Tensor, Tensor]
@@ -41,14 +39,17 @@ def quantise_inputs(
         backend: of the quantisation.
     """
     shift = k.mean(dim=2, dtype=torch.float32)
-    q8, q_scales = quantise_rows(q, tile=TILE, rotated=True, backend=backend)
-    quantise_keys = partial(quantise_rows, k, tile=TILE, shift=shift, rotated=True, backend=backend)
+    q8, q_scales = quantise_rows(q, tile=SCALED, rotated=True, backend=backend)
+    quantise_keys = partial(
+        quantise_rows, k, tile=SCALED, shift=shift, rotated=True, backend=backend
+    )
     k8, k_scales = quantise_keys()
-    v8, v_scales = quantise_values(v, tile=TILE, backend=backend)
+    v_scales = channel_scales(v)
+    v8 = quantise_values(v, v_scales, tile=SCALED, backend=backend)
     ordered_k8, ordered_k_scales, ordered_v8 = k8, k_scales, v8
     if order is not None:
         ordered_k8, ordered_k_scales = quantise_keys(order=order)
-        ordered_v8, _ = quantise_values(v, tile=TILE, order=order, backend=backend)
+        ordered_v8 = quantise_values(v, v_scales, tile=SCALED, order=order, backend=backend)
     return EightBits(
         (q8, k8, v8, ordered_k8, ordered_v8), (q_scales, k_scales, ordered_k_scales, v_scales)
     )

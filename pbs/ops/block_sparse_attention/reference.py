@@ -7,8 +7,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pbs.ops.block_sparse_attention.common import AS_GIVEN, FP8, WEIGHT_SCALE, weighted_values
-from pbs.ops.block_sparse_attention.eight_bits import TILE, quantise_inputs
+from pbs.ops.block_sparse_attention.common import (
+    AS_GIVEN,
+    FP8,
+    SCALED,
+    WEIGHT_SCALE,
+    weighted_values,
+)
+from pbs.ops.block_sparse_attention.eight_bits import quantise_inputs
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.quantisation import interleave
 
@@ -67,5 +73,5 @@ def _in_eight_bits(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: 
 
 def _restored(eight: Tensor, scales: Tensor) -> Tensor:
     """Rows of eight bits times the scales of their tiles, fp32."""
-    by_row = scales.repeat_interleave(TILE, dim=2)[:, :, : eight.shape[2]]
+    by_row = scales.repeat_interleave(SCALED, dim=2)[:, :, : eight.shape[2]]
     return eight.float() * by_row.unsqueeze(-1)

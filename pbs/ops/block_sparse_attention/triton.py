@@ -8,8 +8,8 @@ of two).
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,8 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pbs.ops.block_sparse_attention.common import AS_GIVEN, FP8
 from pbs.ops.block_sparse_attention.eight_bits import quantise_inputs
-from pbs.ops.block_sparse_attention.triton_hopper import hopper_options
-from pbs.ops.block_sparse_attention.triton_hopper import launch as launch_hopper
+from pbs.ops.block_sparse_attention.triton_hopper_launch import HopperOptions, hopper_options
+from pbs.ops.block_sparse_attention.triton_hopper_launch import launch as launch_hopper
 from pbs.ops.block_sparse_attention.triton_parts import (
     attend,
     attend_tile,
@@ -213,14 +213,12 @@ def block_sparse_attention(
         precision: as there.
         uses_hopper: whether the Hopper kernel runs; None: where it can.
     """
-    if precision == FP8:
-        return _in_eight_bits(q, k, v, plan, scale)
     if not q.is_cuda:
         _check_interpreter(q)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     shape = {
         "head_dim": q.shape[3],
-        "element_size": q.element_size(),
+        "element_size": 1 if precision == FP8 else q.element_size(),
         "query_tile": plan.grid.query_tile,
         "key_tile": plan.grid.key_tile,
         "capability": torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0),
@@ -229,9 +227,20 @@ def block_sparse_attention(
     has_tiles_alone = plan.columns is None and plan.query_order is None
     if uses_hopper is not False and has_tiles_alone and not triton.knobs.runtime.interpret:
         hopper = hopper_options(**shape)
-        if hopper is not None:
-            hopper = tuned("hopper", shape, hopper)
-    if uses_hopper and hopper is None:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lists = _Lists.of(plan)
+    scale_log2 = scale * LOG2_E
+    if precision == FP8:
+        if hopper is None:
+            raise NotImplementedError(_no_fp8(shape))
+        # No measured options: what shares a scale must be what a step of the kernel works on.
+        with stage("gather"):
+            eight = quantise_inputs(q, k, v, plan.order)
+        _launch_hopper(eight.tensors, out, plan, lists, scale_log2, hopper, eight.scales)
+        return out
+    if hopper is not None:
+        hopper = tuned("hopper", shape, hopper)
+    elif uses_hopper:
         raise NotImplementedError(
             "backend 'hopper' needs a Hopper GPU, 16-bit tensors, a head dim of at most 256, query "
             "tiles of at least 128 rows and a plan without columns or moved queries; use 'auto'"
@@ -248,66 +257,53 @@ def block_sparse_attention(
             ordered_k = plan.ordered_keys
             if ordered_k is None:
                 ordered_k = gather_keys(k, plan.order)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lists = _Lists.of(plan)
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        if hopper is not None:
-            launch_hopper(
-                q,
-                k,
-                v,
-                ordered_k,
-                ordered_v,
-                out,
-                lists=lists[:4],
-                local_window=plan.local_window,
-                query_tile=plan.grid.query_tile,
-                key_tile=plan.grid.key_tile,
-                scale_log2=scale * LOG2_E,
-                options=hopper,
-            )
-        else:
-            _launch(q, k, v, ordered_k, ordered_v, out, plan, lists, scale * LOG2_E, options)
+    tensors = (q, k, v, ordered_k, ordered_v)
+    if hopper is not None:
+        _launch_hopper(tensors, out, plan, lists, scale_log2, hopper)
+    else:
+        with _device_of(q):
+            _launch(*tensors, out, plan, lists, scale_log2, options)
     return out
 
 
-def _in_eight_bits(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
-    """By the Hopper kernel on eight-bit copies, made where K and V are gathered anyway."""
-    _check_interpreter(q)
-    grid = plan.grid
-    shape = {
-        "head_dim": q.shape[3],
-        "element_size": 1,
-        "query_tile": grid.query_tile,
-        "key_tile": grid.key_tile,
-        "capability": torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0),
-    }
-    options = hopper_options(**shape)
-    if options is None or plan.columns is not None or plan.query_order is not None:
-        raise NotImplementedError(
-            "precision='fp8' needs a Hopper GPU, a head dim that is a multiple of 16 and at most "
-            "128, tiles of at least 128 and a plan without columns or moved queries; got "
-            f"capability {shape['capability']}, head dim {q.shape[3]}, tiles of "
-            f"{grid.query_tile} x {grid.key_tile}. Leave precision out, or ask for "
-            "backend='reference', which emulates it"
-        )
-    options = tuned("hopper", shape, options)
-    with stage("gather"):
-        eight = quantise_inputs(q, k, v, plan.order)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+def _no_fp8(shape: dict[str, Any]) -> str:
+    """Why eight bits cannot run."""
+    return (
+        "precision='fp8' needs a Hopper GPU, a head dim that is a multiple of 16 and at most 128, "
+        "tiles of at least 128 and a plan without columns or moved queries; got capability "
+        f"{shape['capability']}, head dim {shape['head_dim']}, tiles of {shape['query_tile']} x "
+        f"{shape['key_tile']}. Leave precision out, or ask for backend='reference', which emulates "
+        "it"
+    )
+
+
+def _device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Where kernels are launched."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _launch_hopper(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    out: Tensor,
+    plan: AttentionPlan,
+    lists: _Lists,
+    scale_log2: float,
+    options: HopperOptions,
+    scales: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> None:
+    """The kernel of :mod:`.triton_hopper`."""
+    with _device_of(out):
         launch_hopper(
-            *eight.tensors,
+            *tensors,
             out,
-            lists=_Lists.of(plan)[:4],
+            lists=lists[:4],
             local_window=plan.local_window,
-            query_tile=grid.query_tile,
-            key_tile=grid.key_tile,
-            scale_log2=scale * LOG2_E,
+            query_tile=plan.grid.query_tile,
+            key_tile=plan.grid.key_tile,
+            scale_log2=scale_log2,
             options=options,
-            scales=eight.scales,
+            scales=scales,
         )
-    return out
 
 
 def _launch(

@@ -1,8 +1,8 @@
 """Eight-bit copies of queries, keys and values, in the layouts that matrix units read."""
 
 from pbs.ops.quantisation.api import (
-    INTERLEAVED,
     LARGEST,
+    channel_scales,
     interleave,
     quantise_rows,
     quantise_values,
@@ -11,8 +11,8 @@ from pbs.ops.quantisation.api import (
 )
 
 __all__ = [
-    "INTERLEAVED",
     "LARGEST",
+    "channel_scales",
     "interleave",
     "quantise_rows",
     "quantise_values",

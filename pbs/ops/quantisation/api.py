@@ -15,8 +15,6 @@ from pbs.ops.backends import backend_module
 
 # The largest number of the format.
 LARGEST = 448.0
-# Keys that are interleaved among themselves, see quantise_values.
-INTERLEAVED = 16
 
 
 def quantise_rows(
@@ -57,10 +55,29 @@ def quantise_rows(
     return found
 
 
+def channel_scales(v: Tensor) -> Tensor:
+    """What eight-bit values are multiplied by, channel by channel.
+
+    Args:
+        v: ``[Z, Hkv, N, D]``, fp32, bf16 or fp16.
+
+    Returns:
+        fp32 ``[Z, Hkv, D]``: the largest magnitude of the channel is LARGEST times that; 1 for a
+        channel of zeros.
+    """
+    low, high = v.aminmax(dim=2)
+    return scale_of(torch.maximum(-low, high).float())
+
+
+def scale_of(largest: Tensor) -> Tensor:
+    """The scale of what has these largest magnitudes."""
+    return torch.where(largest == 0, 1.0, largest / LARGEST)
+
+
 def quantise_values(
-    v: Tensor, *, tile: int, order: Tensor | None = None, backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    """Values in eight bits with a scale for each channel, keys along rows of memory.
+    v: Tensor, scales: Tensor, *, tile: int, order: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """Values in eight bits, keys along rows of memory.
 
     Hopper's matrix unit takes eight-bit factors only with the dimension that is summed over
     contiguous: for weights times values the keys. A thread that has computed logits holds those of
@@ -71,21 +88,21 @@ def quantise_values(
 
     Args:
         v: ``[Z, Hkv, N, D]``, fp32, bf16 or fp16.
-        tile: N is filled up with zeros to a multiple of this, itself a multiple of INTERLEAVED and
-            a power of two.
+        scales: :func:`channel_scales` of v.
+        tile: N is filled up with zeros to a multiple of this, a power of two of at least 16.
         order: source of the value at each place, int64 ``[Z, Ho, N]``; None: values stay.
         backend: "auto", "reference" or "triton".
 
     Returns:
-        float8_e4m3fn ``[Z, Ho, D, T tile]``, and what to multiply it by, fp32 ``[Z, Hkv, D]``.
+        float8_e4m3fn ``[Z, Ho, D, T tile]``.
 
     Raises:
         NotImplementedError: the device has no such format.
     """
-    found: tuple[Tensor, Tensor] = backend_module("quantisation", backend, v).quantise_values(
-        v, tile=tile, order=order
+    eight: Tensor = backend_module("quantisation", backend, v).quantise_values(
+        v, scales, tile=tile, order=order
     )
-    return found
+    return eight
 
 
 @lru_cache(maxsize=8)
@@ -119,6 +136,6 @@ def interleave(num_keys: int) -> Tensor:
     Place 4t + 2g + j of every 16 holds key 8g + 2t + j (t to 3, g and j to 1).
 
     Args:
-        num_keys: a multiple of INTERLEAVED.
+        num_keys: a multiple of 16.
     """
     return torch.arange(num_keys).view(-1, 2, 4, 2).transpose(1, 2).flatten()

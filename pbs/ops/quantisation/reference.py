@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pbs.ops.permutation import gather_keys
-from pbs.ops.quantisation.api import LARGEST, interleave, rotation, rotation_size
+from pbs.ops.quantisation.api import LARGEST, interleave, rotation, rotation_size, scale_of
 
 
 def quantise_rows(
@@ -23,30 +23,24 @@ def quantise_rows(
         rows = gather_keys(rows, order, backend="reference")
     num_tokens = rows.shape[2]
     tiles = _padded(rows, tile).unflatten(2, (-1, tile))
-    scales = _scale(tiles.abs().amax(dim=(3, 4)))
+    scales = scale_of(tiles.abs().amax(dim=(3, 4)))
     eight = _to_eight(tiles * (1.0 / scales)[..., None, None]).flatten(2, 3)[:, :, :num_tokens]
     return eight.contiguous(), scales
 
 
-def quantise_values(v: Tensor, *, tile: int, order: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantise_values(v: Tensor, scales: Tensor, *, tile: int, order: Tensor | None) -> Tensor:
     """See :func:`pbs.ops.quantisation.api.quantise_values`."""
-    rows = v.float()
-    scales = _scale(rows.abs().amax(dim=2))
-    rows = rows * (1.0 / scales).unsqueeze(2)
+    rows = v.float() * (1.0 / scales).unsqueeze(2)
     if order is not None:
         rows = gather_keys(rows, order, backend="reference")
     rows = _padded(rows, tile)
     rows = rows[:, :, interleave(rows.shape[2]).to(v.device)]
-    return _to_eight(rows.transpose(2, 3)).contiguous(), scales
+    return _to_eight(rows.transpose(2, 3)).contiguous()
 
 
 def _padded(rows: Tensor, tile: int) -> Tensor:
     """With rows of zeros to a multiple of the tile."""
     return torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[2] % tile))
-
-
-def _scale(largest: Tensor) -> Tensor:
-    return torch.where(largest == 0, 1.0, largest / LARGEST)
 
 
 def _to_eight(x: Tensor) -> Tensor:

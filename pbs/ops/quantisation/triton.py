@@ -15,14 +15,24 @@ CAPABILITY = (8, 9)
 
 
 @triton.jit
-def _places(first, num_tokens, plane, order_ptr, places):
-    """Sources of some places of one head, and which exist."""
-    places += first
+def _load_places(
+    x_ptr, x_strides, order_ptr, places, sizes, dims, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """Rows at some places of this program's head in fp32, which exist, and its channels' offset.
+
+    Args:
+        sizes: heads and tokens.
+    """
+    num_heads, num_tokens = sizes
+    plane = tl.program_id(1).to(tl.int64)
+    batch, head = plane // num_heads, plane % num_heads // GROUP
     exists = places < num_tokens
     source = places
     if order_ptr is not None:
         source = tl.load(order_ptr + plane * num_tokens + places, mask=exists, other=0)
-    return source, exists
+    base = x_ptr + batch * x_strides[0] + head * x_strides[1]
+    rows = load_rows(base, source, x_strides[2], exists, dims, HEAD_DIM).to(tl.float32)  # [N, D]
+    return rows, exists, (batch * (num_heads // GROUP) + head) * HEAD_DIM
 
 
 @triton.jit
@@ -51,22 +61,19 @@ def quantise_rows_kernel(
 ):
     """One program: one tile of rows of one head, and its scale."""
     plane = tl.program_id(1).to(tl.int64)
-    batch, head = plane // num_heads, plane % num_heads // GROUP
     dims = tl.arange(0, BLOCK_D)
-    first = tl.program_id(0) * TILE
-    local = tl.arange(0, TILE)
-    source, exists = _places(first, num_tokens, plane, order_ptr, local)
-    x_base = x_ptr + batch * x_strides[0] + head * x_strides[1]
-    rows = load_rows(x_base, source, x_strides[2], exists, dims, HEAD_DIM).to(tl.float32)  # [N, D]
+    places = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    rows, exists, channels = _load_places(
+        x_ptr, x_strides, order_ptr, places, (num_heads, num_tokens), dims, GROUP, HEAD_DIM
+    )
     keep = exists[:, None] & (dims < HEAD_DIM)[None, :]
     if shift_ptr is not None:
-        place = (batch * (num_heads // GROUP) + head) * HEAD_DIM
-        shift = tl.load(shift_ptr + place + dims, mask=dims < HEAD_DIM, other=0.0)
+        shift = tl.load(shift_ptr + channels + dims, mask=dims < HEAD_DIM, other=0.0)
         rows = tl.where(keep, rows - shift[None, :], 0.0)
     if rotation_ptr is not None:
         inside = (dims < HEAD_DIM)[:, None] & (dims < HEAD_DIM)[None, :]
-        places = dims[:, None] * HEAD_DIM + dims[None, :]
-        rotation = tl.load(rotation_ptr + places, mask=inside, other=0.0)  # [D, D]
+        entries = dims[:, None] * HEAD_DIM + dims[None, :]
+        rotation = tl.load(rotation_ptr + entries, mask=inside, other=0.0)  # [D, D]
         # In the dtype of the rows its entries are exact, and the matrix unit multiplies them.
         dtype = x_ptr.dtype.element_ty
         rows = tl.dot(rows.to(dtype), rotation.to(dtype), input_precision="ieee")  # [N, D]
@@ -75,7 +82,7 @@ def quantise_rows_kernel(
     scale = tl.where(largest == 0, 1.0, tl.div_rn(largest, MAXIMUM))
     inverse = tl.div_rn(tl.full([], 1.0, tl.float32), scale)
     eight = _limit(rows * inverse, MAXIMUM).to(eight_ptr.dtype.element_ty)
-    out = eight_ptr + (plane * num_tokens + first + local)[:, None] * HEAD_DIM + dims[None, :]
+    out = eight_ptr + (plane * num_tokens + places)[:, None] * HEAD_DIM + dims[None, :]
     tl.store(out, eight, mask=keep)
     tl.store(scales_ptr + plane * tl.num_programs(0) + tl.program_id(0), scale)
 
@@ -98,23 +105,20 @@ def quantise_values_kernel(
 ):
     """One program: BLOCK_N places of one head, channels along the first dimension."""
     plane = tl.program_id(1).to(tl.int64)
-    batch, head = plane // num_heads, plane % num_heads // GROUP
     dims = tl.arange(0, BLOCK_D)
-    first = tl.program_id(0) * BLOCK_N
-    local = tl.arange(0, BLOCK_N)
+    places = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     # Place 4t + 2g + j of 16 holds key 8g + 2t + j.
-    inside = local % 16
-    keys = local - inside + inside // 2 % 2 * 8 + inside // 4 * 2 + inside % 2
-    source, exists = _places(first, num_tokens, plane, order_ptr, keys)
-    v_base = v_ptr + batch * v_strides[0] + head * v_strides[1]
-    rows = load_rows(v_base, source, v_strides[2], exists, dims, HEAD_DIM).to(tl.float32)  # [N, D]
-    place = (batch * (num_heads // GROUP) + head) * HEAD_DIM
-    inverse = tl.load(inverse_ptr + place + dims, mask=dims < HEAD_DIM, other=0.0)
+    inside = places % 16
+    keys = places - inside + inside // 2 % 2 * 8 + inside // 4 * 2 + inside % 2
+    rows, _, channels = _load_places(
+        v_ptr, v_strides, order_ptr, keys, (num_heads, num_tokens), dims, GROUP, HEAD_DIM
+    )
+    inverse = tl.load(inverse_ptr + channels + dims, mask=dims < HEAD_DIM, other=0.0)
     eight = _limit(rows * inverse[None, :], MAXIMUM).to(eight_ptr.dtype.element_ty)
     num_places = (num_tokens + TILE - 1) // TILE * TILE
-    out = eight_ptr + (plane * HEAD_DIM + dims)[:, None] * num_places + (first + local)[None, :]
-    keep = (dims < HEAD_DIM)[:, None] & (first + local < num_places)[None, :]
-    tl.store(out, tl.trans(eight), mask=keep)
+    # Programs end with the last place: num_places is a multiple of BLOCK_N.
+    out = eight_ptr + (plane * HEAD_DIM + dims)[:, None] * num_places + places[None, :]
+    tl.store(out, tl.trans(eight), mask=(dims < HEAD_DIM)[:, None])
 
 
 def quantise_rows(
@@ -166,16 +170,18 @@ def quantise_rows(
 
 
 def quantise_values(
-    v: Tensor, *, tile: int, order: Tensor | None, dtype: torch.dtype = torch.float8_e4m3fn
-) -> tuple[Tensor, Tensor]:
+    v: Tensor,
+    scales: Tensor,
+    *,
+    tile: int,
+    order: Tensor | None,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+) -> Tensor:
     """See :func:`pbs.ops.quantisation.api.quantise_values`; ``dtype`` as above."""
     _check_format(v)
     v = v if v.stride(3) == 1 else v.contiguous()
     batch, num_heads, num_tokens, head_dim = v.shape
     planes = num_heads if order is None else order.shape[1]
-    low, high = v.aminmax(dim=2)
-    largest = torch.maximum(-low, high).float()
-    scales = torch.where(largest == 0, 1.0, largest / LARGEST)
     block_n = min(tile, 64)
     num_places = triton.cdiv(num_tokens, tile) * tile
     eight = v.new_empty(batch, planes, head_dim, num_places, dtype=dtype)
@@ -194,7 +200,7 @@ def quantise_values(
         BLOCK_N=block_n,
         MAXIMUM=LARGEST,
     )
-    return eight, scales
+    return eight
 
 
 def _check_format(x: Tensor) -> None:

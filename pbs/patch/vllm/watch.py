@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 from typing import Any
 
 from pbs.patch.vllm.counters import COUNTERS, logger
@@ -74,15 +75,17 @@ def count_latent(layer: Any) -> None:
     from vllm.model_executor.models.utils import extract_layer_index
 
     index, stock = extract_layer_index(layer.layer_name), layer.forward_impl
+    place = list(signature(stock).parameters).index("attn_metadata")
     if COUNTERS.start():
         logger.warning("pbs: layers with %s stay dense", LATENT)
 
     @wraps(stock)
     def forward_impl(*args: Any, **kwargs: Any) -> Any:
-        given = (*args, *kwargs.values())
-        found = next((x.num_prefills for x in given if hasattr(x, "num_prefills")), 0)
-        COUNTERS.layer(index).add_dense({LATENT: found})
-        COUNTERS.write_sometimes()
+        metadata = args[place] if len(args) > place else kwargs.get("attn_metadata")
+        if metadata is not None:
+            # Sparse latent backends do not tell prompts from decoding: a call then counts once.
+            COUNTERS.layer(index).add_dense({LATENT: getattr(metadata, "num_prefills", 1)})
+            COUNTERS.write_sometimes()
         return stock(*args, **kwargs)
 
     layer.forward_impl = forward_impl

@@ -294,8 +294,10 @@ def test_latent_layers_are_counted_as_dense(watched):
     out = torch.zeros(2)
     layer.forward_impl(torch.ones(2), SimpleNamespace(num_prefills=3), output=out)
     layer.forward_impl(torch.ones(2), attn_metadata=SimpleNamespace(num_prefills=0), output=out)
+    layer.forward_impl(torch.ones(2), attn_metadata=SimpleNamespace(), output=out)
+    layer.forward_impl(torch.ones(2), None, out)  # a profiling run
     assert bool((out == 1).all())
-    assert counters.COUNTERS.to_dict()["1"]["dense"] == {LATENT: 3}
+    assert counters.COUNTERS.to_dict()["1"]["dense"] == {LATENT: 4}
 
 
 def test_registration_names_classes_and_metrics_read_every_workers_file(
