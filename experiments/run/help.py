@@ -17,7 +17,7 @@ from experiments.settings.explain import GROUPS
 
 WIDTH = 110
 # The first sentence ends where another begins.
-SENTENCE = re.compile(r"^(.*?[.:])(?=\s+[A-Z]|$)")
+SENTENCE = re.compile(r"^(.*?\.)(?=\s+[A-Z]|$)")
 SECTION = re.compile(r"^Args.*:$")
 ENTRY = re.compile(r"^    (\w+): (.*)$")
 COMMANDS = ("# python run.py", "# make ")
