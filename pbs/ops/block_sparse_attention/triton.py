@@ -34,6 +34,7 @@ from pbs.ops.permutation import gather_keys
 from pbs.ops.plan import AttentionPlan
 from pbs.ops.primitives import LOG2_E, load_rows, offset
 from pbs.ops.stages import stage
+from pbs.ops.triton_hopper import for_descriptor
 
 
 @triton.jit
@@ -247,9 +248,9 @@ def block_sparse_attention(
         )
     options = tuned("triton", shape, launch_options(**shape))
     if hopper is not None:
-        q = _for_descriptor(q)
+        q = for_descriptor(q)
     if hopper is not None or options.use_tma:
-        k, v = _for_descriptor(k), _for_descriptor(v)
+        k, v = for_descriptor(k), for_descriptor(v)
     ordered_k, ordered_v = k, v
     if plan.order is not None:
         with stage("gather"):
@@ -363,14 +364,6 @@ def _with_strides(
     if lists is None or counts is None:
         return None
     return lists, counts, lists.stride(), counts.stride()
-
-
-def _for_descriptor(x: Tensor) -> Tensor:
-    """x if sequences and heads form one dimension and rows start at 16 bytes, else a copy."""
-    step = 16 // x.element_size()
-    fits = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
-    aligned = x.stride(1) % step == 0 and x.stride(2) % step == 0 and x.data_ptr() % 16 == 0
-    return x if fits and aligned else x.contiguous()
 
 
 def _check_interpreter(q: Tensor) -> None:

@@ -31,40 +31,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from pbs.ops.block_sparse_attention.common import WEIGHT_SHIFT
+from pbs.ops.triton_hopper import load_tile, over_columns, start_logits
 
-# Rows of q that one warpgroup works on: what its matrix instructions take.
-ROWS = 64
 _SHIFT = gl.constexpr(WEIGHT_SHIFT)
-
-
-@gluon.jit
-def _load_tile(
-    descriptor,
-    plane,
-    start,
-    buffers,
-    ready,
-    free,
-    step,
-    NUM_BYTES: gl.constexpr,
-    ALONG_ROWS: gl.constexpr,
-):
-    """Fetch BLOCK_N keys into the next buffer of a ring, once its last readers have left it.
-
-    ALONG_ROWS: keys follow each other in a row of memory, one row a channel; else each has a row.
-    """
-    STAGES: gl.constexpr = buffers.shape[0]
-    slot = step % STAGES
-    mbarrier.wait(free.index(slot), (step // STAGES & 1) ^ 1)
-    mbarrier.expect(ready.index(slot), NUM_BYTES)
-    if ALONG_ROWS:
-        tma.async_copy_global_to_shared(
-            descriptor, [plane, 0, start], ready.index(slot), buffers.index(slot)
-        )
-    else:
-        tma.async_copy_global_to_shared(
-            descriptor, [plane, start, 0], ready.index(slot), buffers.index(slot)
-        )
 
 
 @gluon.jit
@@ -89,35 +58,19 @@ def _produce(tiles, rings, KEY_TILE: gl.constexpr):
     done = num_windows * PARTS
     for step in range(done):
         start = gl.load(windows + step // PARTS) + step % PARTS * BLOCK_N
-        _load_tile(
-            k_descriptor, kv_plane, start, k_buffers, k_ready, k_free, step, NUM_BYTES, False
-        )
-        _load_tile(
-            v_descriptor, kv_plane, start, v_buffers, v_ready, v_free, step, NUM_BYTES, EIGHT
-        )
+        load_tile(k_descriptor, kv_plane, start, k_buffers, k_ready, k_free, step, NUM_BYTES, False)
+        load_tile(v_descriptor, kv_plane, start, v_buffers, v_ready, v_free, step, NUM_BYTES, EIGHT)
     for step in range(num_blocks * PARTS):
         start = gl.load(blocks + step // PARTS).to(gl.int32) * KEY_TILE + step % PARTS * BLOCK_N
         at = done + step
-        _load_tile(
+        load_tile(
             ordered_k_descriptor, order_plane, start, k_buffers, k_ready, k_free, at, NUM_BYTES,
             False,
         )  # fmt: skip
-        _load_tile(
+        load_tile(
             ordered_v_descriptor, order_plane, start, v_buffers, v_ready, v_free, at, NUM_BYTES,
             EIGHT,
         )  # fmt: skip
-
-
-@gluon.jit
-def _start_logits(q, k_buffers, k_ready, step, zeros):
-    """q times a K tile, not waited for."""
-    STAGES: gl.constexpr = k_buffers.shape[0]
-    BLOCK_N: gl.constexpr = k_buffers.shape[2]
-    BLOCK_D: gl.constexpr = k_buffers.shape[3]
-    slot = step % STAGES
-    mbarrier.wait(k_ready.index(slot), step // STAGES & 1)
-    k = k_buffers.index(slot).reshape([BLOCK_N, BLOCK_D]).permute([1, 0])
-    return warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -145,21 +98,38 @@ def _as_operand(weights, dtype: gl.constexpr, layout: gl.constexpr):
     if dtype.primitive_bitwidth == 8:
         ROWS: gl.constexpr = weights.shape[0]
         BLOCK_N: gl.constexpr = weights.shape[1]
-        eight = weights.to(dtype).reshape([ROWS, BLOCK_N // 16, 2, 4, 2])
-        eight = eight.permute([0, 1, 3, 2, 4]).reshape([ROWS, BLOCK_N])
-        return gl.convert_layout(eight, layout, assert_trivial=True)
+        weights = weights.reshape([ROWS, BLOCK_N // 16, 2, 4, 2])
+        weights = weights.permute([0, 1, 3, 2, 4]).reshape([ROWS, BLOCK_N])
+        weights = gl.convert_layout(weights, layout, assert_trivial=True)
+        # A cast would pack two and two, and then take them apart to pack four.
+        return gl.inline_asm_elementwise(
+            """{
+            .reg .b16 low, high;
+            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+            mov.b32 $0, {low, high};
+            }""",
+            "=r,r,r,r,r",
+            [weights],
+            dtype=gl.float8e4nv,
+            is_pure=True,
+            pack=4,
+        )
     return gl.convert_layout(weights.to(dtype), layout)
 
 
 @gluon.jit
-def _weigh(logits, row_max, row_sum, scale_log2, MASKED: gl.constexpr, SHIFT: gl.constexpr):
-    """Fold the logits of one tile into the running maximum and sum.
+def _weigh(logits, row_max, row_sums, scale_log2, MASKED: gl.constexpr, SHIFT: gl.constexpr):
+    """Fold the logits of one tile into the running maximum [M] and sums [M, LANES].
 
-    Weights, and so the sum, are 2^SHIFT times what they are called: the accumulator is, too.
+    Weights, and so the sums, are 2^SHIFT times what they are called: the accumulator is, too. Sums
+    stay with the threads that made them until the end, and are made in several chains at once: what
+    is left of a softmax beside its exponentials is mostly waiting for the one before.
     """
     # scale_log2 is positive: the scaled maximum is the maximum scaled, and the subtraction below
     # becomes one fused multiply-add per logit.
-    new_max = gl.maximum(row_max, gl.max(logits, 1) * scale_log2)
+    largest = gl.max(gl.max(over_columns(logits), 1), 1)
+    new_max = gl.maximum(row_max, gl.convert_layout(largest, row_max.type.layout) * scale_log2)
     reference = new_max
     if MASKED:
         # A row that has seen no key yet has maximum -inf; -inf - -inf would be NaN.
@@ -169,14 +139,17 @@ def _weigh(logits, row_max, row_sum, scale_log2, MASKED: gl.constexpr, SHIFT: gl
     else:
         weights = gl.exp2(logits * scale_log2 - reference[:, None])
     decay = gl.exp2(row_max - reference)
-    return weights, decay, new_max, row_sum * decay + gl.sum(weights, 1)
+    SUMS: gl.constexpr = row_sums.type.layout
+    kept = row_sums * gl.convert_layout(decay, gl.SliceLayout(1, SUMS))[:, None]
+    added = gl.convert_layout(gl.sum(over_columns(weights), 1), SUMS)
+    return weights, decay, new_max, kept + added
 
 
 @gluon.jit
-def _scale_of(scales, blocks, step, PARTS: gl.constexpr):
-    """What the keys of one step of a list of tiles are multiplied by."""
-    tile = gl.load(blocks + step // PARTS).to(gl.int32) * PARTS + step % PARTS
-    return gl.load(scales + tile)
+def _tile_of(blocks, step, num_steps, PARTS: gl.constexpr):
+    """Which BLOCK_N keys one step of a list of tiles takes; past the end those of the last."""
+    step = gl.minimum(step, num_steps - 1)
+    return gl.load(blocks + step // PARTS).to(gl.int32) * PARTS + step % PARTS
 
 
 @gluon.jit
@@ -216,7 +189,7 @@ def _consume(
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
     acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
     row_max = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
-    row_sum = gl.zeros([ROWS], gl.float32, s_rows)
+    row_sums = gl.sum(over_columns(zeros), 1)  # [M, LANES]
     if EIGHT:
         k_scales, ordered_k_scales, q_scale, v_scales = scales
         scale_log2 *= gl.load(q_scale)
@@ -224,7 +197,7 @@ def _consume(
 
     # 1. Windows in natural order, with the causal mask per token. They are few: no overlap.
     for step in range(num_window_steps):
-        token = _start_logits(q, k_buffers, k_ready, step, zeros)
+        token = start_logits(q, k_buffers, k_ready, step, zeros)
         logits = warpgroup_mma_wait(0, deps=(token,))
         mbarrier.arrive(k_free.index(step % STAGES))
         start = gl.load(windows + step // PARTS) + step % PARTS * BLOCK_N
@@ -237,7 +210,9 @@ def _consume(
             near = positions[:, None] - key[None, :] < num_local
             seen = seen & ((key < num_init)[None, :] | near)
         logits = gl.where(seen, logits, float("-inf"))
-        weights, decay, row_max, row_sum = _weigh(logits, row_max, row_sum, tile_scale, True, SHIFT)
+        weights, decay, row_max, row_sums = _weigh(
+            logits, row_max, row_sums, tile_scale, True, SHIFT
+        )
         acc = acc * gl.convert_layout(decay, o_rows)[:, None]
         operand = _as_operand(weights, dtype, p_layout)
         token = _start_values(operand, v_buffers, v_ready, step, acc)
@@ -249,37 +224,52 @@ def _consume(
         step = num_window_steps
         tile_scale = scale_log2
         if EIGHT:
-            tile_scale *= _scale_of(ordered_k_scales, blocks, 0, PARTS)
-        token = _start_logits(q, k_buffers, k_ready, step, zeros)
+            # Scales are asked for a step before they are used, and where they lie one before that:
+            # nothing waits for memory.
+            tile_scale *= gl.load(ordered_k_scales + _tile_of(blocks, 0, num_block_steps, PARTS))
+            second = _tile_of(blocks, 1, num_block_steps, PARTS)
+            next_scale = gl.load(ordered_k_scales + second)
+            later_tile = _tile_of(blocks, 2, num_block_steps, PARTS)
+        token = start_logits(q, k_buffers, k_ready, step, zeros)
         logits = warpgroup_mma_wait(0, deps=(token,))
         mbarrier.arrive(k_free.index(step % STAGES))
-        weights, decay, row_max, row_sum = _weigh(
-            logits, row_max, row_sum, tile_scale, False, SHIFT
+        weights, decay, row_max, row_sums = _weigh(
+            logits, row_max, row_sums, tile_scale, False, SHIFT
         )
         acc = acc * gl.convert_layout(decay, o_rows)[:, None]
-        operand = _as_operand(weights, dtype, p_layout)
+        if not EIGHT:
+            weights = _as_operand(weights, dtype, p_layout)
         for step in range(num_window_steps + 1, num_window_steps + num_block_steps):
-            s_token = _start_logits(q, k_buffers, k_ready, step, zeros)
-            o_token = _start_values(operand, v_buffers, v_ready, step - 1, acc)
+            s_token = start_logits(q, k_buffers, k_ready, step, zeros)
+            if EIGHT:
+                # Kept between steps they would be taken apart, byte by byte, and packed again.
+                weights = _as_operand(weights, dtype, p_layout)
+            o_token = _start_values(weights, v_buffers, v_ready, step - 1, acc)
             tile_scale = scale_log2
-            if EIGHT:  # while the products run
-                at = step - num_window_steps
-                tile_scale *= _scale_of(ordered_k_scales, blocks, at, PARTS)
+            if EIGHT:
+                tile_scale *= next_scale
+                next_scale = gl.load(ordered_k_scales + later_tile)
+                ahead = step - num_window_steps + 2
+                later_tile = _tile_of(blocks, ahead, num_block_steps, PARTS)
             logits = warpgroup_mma_wait(1, deps=(s_token,))
             mbarrier.arrive(k_free.index(step % STAGES))
-            weights, decay, row_max, row_sum = _weigh(
-                logits, row_max, row_sum, tile_scale, False, SHIFT
+            weights, decay, row_max, row_sums = _weigh(
+                logits, row_max, row_sums, tile_scale, False, SHIFT
             )
             acc = warpgroup_mma_wait(0, deps=(o_token,))
             mbarrier.arrive(v_free.index((step - 1) % STAGES))
             acc = acc * gl.convert_layout(decay, o_rows)[:, None]
-            operand = _as_operand(weights, dtype, p_layout)
+            if not EIGHT:
+                weights = _as_operand(weights, dtype, p_layout)
         step = num_window_steps + num_block_steps - 1
-        o_token = _start_values(operand, v_buffers, v_ready, step, acc)
+        if EIGHT:
+            weights = _as_operand(weights, dtype, p_layout)
+        o_token = _start_values(weights, v_buffers, v_ready, step, acc)
         acc = warpgroup_mma_wait(0, deps=(o_token,))
 
     # A query without keys has sum 0 and accumulator 0: its output is 0.
-    total = gl.convert_layout(gl.where(row_sum == 0.0, 1.0, row_sum), o_rows)
+    total = gl.convert_layout(gl.sum(row_sums, 1), o_rows)
+    total = gl.where(total == 0.0, 1.0, total)
     out = acc / total[:, None]
     rows = first_row + group * ROWS + gl.arange(0, ROWS, o_rows)
     dims = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_layout))

@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import triton
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from pbs.ops.block_sparse_attention.common import SCALED
-from pbs.ops.block_sparse_attention.triton_hopper import ROWS, hopper_attention_fwd_kernel
+from pbs.ops.block_sparse_attention.triton_hopper import hopper_attention_fwd_kernel
+from pbs.ops.triton_hopper import ROWS, descriptor
 
 
 class HopperOptions(NamedTuple):
@@ -93,11 +92,11 @@ def launch(
     block_n, block_d = options.block_n, options.block_d
     value_box = (block_n, block_d) if scales is None else (block_d, block_n)
     hopper_attention_fwd_kernel[(triton.cdiv(num_queries, 2 * ROWS), batch * num_heads)](
-        _descriptor(q, ROWS, block_d),
-        _descriptor(k, block_n, block_d),
-        _descriptor(v, *value_box),
-        _descriptor(ordered_k, block_n, block_d),
-        _descriptor(ordered_v, *value_box),
+        descriptor(q, ROWS, block_d),
+        descriptor(k, block_n, block_d),
+        descriptor(v, *value_box),
+        descriptor(ordered_k, block_n, block_d),
+        descriptor(ordered_v, *value_box),
         out,
         *lists,
         lists[1] if local_window is None else local_window,
@@ -117,10 +116,3 @@ def launch(
         STAGES=options.num_stages,
         num_warps=4,
     )
-
-
-def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Boxes of one head; what lies outside reads as 0."""
-    width = x.element_size()
-    layout = gl.NVMMASharedLayout(min(128, columns * width), 8 * width, rank=3)
-    return TensorDescriptor.from_tensor(x.flatten(0, 1), [1, rows, columns], layout)

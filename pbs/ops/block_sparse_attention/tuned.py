@@ -21,11 +21,15 @@ Options = TypeVar("Options", bound=tuple[Any, ...])
 
 def table_path() -> Path:
     """Where the table lies: what PBS_LAUNCH_OPTIONS names, else in the user's cache folder."""
-    named = os.environ.get(VARIABLE)
+    return _path_of(os.environ.get(VARIABLE), os.environ.get("XDG_CACHE_HOME"))
+
+
+@lru_cache(maxsize=4)
+def _path_of(named: str | None, cache: str | None) -> Path:
+    """Kept: every call of a kernel asks."""
     if named:
         return Path(named)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "pbs" / "launch_options.json"
+    return Path(cache or Path.home() / ".cache") / "pbs" / "launch_options.json"
 
 
 def key_of(kernel: str, shape: dict[str, Any]) -> str:
@@ -47,9 +51,10 @@ def tuned(kernel: str, shape: dict[str, Any], default: Options) -> Options:
     Raises:
         ValueError: the table has options this version does not know.
     """
-    if not torch.cuda.is_available():
+    table = read_table(table_path())
+    if not table or not torch.cuda.is_available():
         return default
-    entry = read_table(table_path()).get(key_of(kernel, shape))
+    entry = table.get(key_of(kernel, shape))
     if entry is None:
         return default
     try:
