@@ -121,8 +121,8 @@ def test_eight_bit_copies_match_their_reference(head_dim, moved):
         k.cuda(), tile=128, order=on_gpu, shift=shift.cuda(), rotated=True
     )
     torch.testing.assert_close(found_scales.cpu(), scales, rtol=1e-2, atol=0)
-    # bf16 products, other sums: a quotient may round to the next step.
-    torch.testing.assert_close(found.cpu().float(), expected.float(), rtol=0.13, atol=0.5)
+    # Factors of bf16 are off by up to 448 / 2^9, and a quotient may round to the next step.
+    torch.testing.assert_close(found.cpu().float(), expected.float(), rtol=0.13, atol=1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

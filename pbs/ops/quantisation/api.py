@@ -106,7 +106,7 @@ def quantise_values(
 
 
 @lru_cache(maxsize=8)
-def rotation(head_dim: int, device: torch.device) -> Tensor:
+def rotation(head_dim: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """A symmetric orthogonal matrix of entries of one size, times the square root of that many.
 
     Hadamard's (Sylvester's form) where the head dim is a power of two, else blocks of the largest
@@ -115,14 +115,15 @@ def rotation(head_dim: int, device: torch.device) -> Tensor:
     Args:
         head_dim: D.
         device: where it goes.
+        dtype: of the result; all of them hold its entries exactly.
 
     Returns:
-        1, -1 and 0, fp32 ``[D, D]``; its square is :func:`rotation_size` times the identity.
+        1, -1 and 0, ``[D, D]``; its square is :func:`rotation_size` times the identity.
     """
     block = torch.ones(1, 1)
     while block.shape[0] < rotation_size(head_dim):
         block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
-    return torch.block_diag(*[block] * (head_dim // block.shape[0])).to(device)
+    return torch.block_diag(*[block] * (head_dim // block.shape[0])).to(device, dtype)
 
 
 def rotation_size(head_dim: int) -> int:

@@ -74,9 +74,8 @@ def quantise_rows_kernel(
         inside = (dims < HEAD_DIM)[:, None] & (dims < HEAD_DIM)[None, :]
         entries = dims[:, None] * HEAD_DIM + dims[None, :]
         rotation = tl.load(rotation_ptr + entries, mask=inside, other=0.0)  # [D, D]
-        # In the dtype of the rows its entries are exact, and the matrix unit multiplies them.
-        dtype = x_ptr.dtype.element_ty
-        rows = tl.dot(rows.to(dtype), rotation.to(dtype), input_precision="ieee")  # [N, D]
+        # Of the rows' dtype, so that the matrix unit multiplies them.
+        rows = tl.dot(rows.to(rotation.dtype), rotation, input_precision="ieee")  # [N, D]
         rows *= rotation_scale
     largest = tl.max(tl.max(tl.abs(rows), 1), 0)
     scale = tl.where(largest == 0, 1.0, tl.div_rn(largest, MAXIMUM))
@@ -152,7 +151,7 @@ def quantise_rows(
         x,
         None if order is None else order.contiguous(),
         None if shift is None else shift.contiguous(),
-        rotation(head_dim, x.device) if rotated else None,
+        rotation(head_dim, x.device, x.dtype) if rotated else None,
         eight,
         scales,
         x.stride(),
