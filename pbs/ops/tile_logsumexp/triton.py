@@ -1,5 +1,7 @@
 """Triton: a program holds some rows and passes over the tiles they see, each written once.
 
+On Hopper, tiles of 128 keys in the dtypes of models go to :mod:`.triton_hopper` instead.
+
 Legend: see :mod:`pbs.ops.grid`; M rows of a program, T keys of a step.
 """
 
@@ -11,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pbs.ops.primitives import LOG2_E, finite, load_rows, offset
+from pbs.ops.tile_logsumexp import triton_hopper
+from pbs.ops.triton_hopper import for_descriptor
 
 LN_2 = 1 / LOG2_E
 
@@ -156,13 +160,22 @@ def tile_logsumexp(
     others = keys if natural is None else natural
     rows, keys, others = (x if x.stride(3) == 1 else x.contiguous() for x in (rows, keys, others))
     ends = ends.int().contiguous()
+    until = until if until is None else until.int().contiguous()
+    capability = torch.cuda.get_device_capability(rows.device) if rows.is_cuda else (9, 0)
+    sizes = {"element_size": rows.element_size(), "head_dim": head_dim, "tile": tile}
+    if not triton.knobs.runtime.interpret and triton_hopper.takes(**sizes, capability=capability):
+        rows, keys, others = (for_descriptor(x) for x in (rows, keys, others))
+        triton_hopper.tile_logsumexp(
+            rows, keys, ends, sums, scale=scale, natural=others, until=until
+        )
+        return sums
     block_m, width, num_warps = _sizes(rows.element_size(), head_dim, tile)
     tile_logsumexp_kernel[(triton.cdiv(num_rows, block_m), batch * num_heads)](
         rows,
         keys,
         others,
         ends,
-        ends if until is None else until.int().contiguous(),
+        ends if until is None else until,
         sums,
         rows.stride(),
         keys.stride(),
