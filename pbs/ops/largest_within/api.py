@@ -28,7 +28,9 @@ class Border(NamedTuple):
     def mask(self, x: Tensor) -> Tensor:
         """Which do, bool like ``x``."""
         level = x == self.value
-        return (x > self.value) | (level & (level.cumsum(dim=-1) <= self.num_equal))
+        return (x > self.value) | (
+            level & (level.cumsum(dim=-1, dtype=torch.int32) <= self.num_equal)
+        )
 
 
 def largest_within(x: Tensor, goal: float, *, backend: str = "auto") -> Border:

@@ -20,25 +20,28 @@ def mean_pool_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,
+    STEP: tl.constexpr,
     COUNTS_PADDING: tl.constexpr,
 ):
-    """One program: one tile of one head."""
-    tile = tl.program_id(0)
+    """One program: some tiles of one head, STEP tokens of each at a time."""
+    tiles = tl.program_id(0) * TILES + tl.arange(0, TILES)  # [T]
+    num_tiles = (num_tokens + TILE - 1) // TILE
     plane = tl.program_id(1).to(tl.int64)
     batch, head = plane // num_heads, plane % num_heads
     dims = tl.arange(0, BLOCK_D)
     base = x_ptr + batch * x_strides[0] + head * x_strides[1]
-    total = tl.zeros([BLOCK_D], dtype=tl.float32)
-    for start in range(0, TILE, BLOCK_N):
-        rows = tile * TILE + start + tl.arange(0, BLOCK_N)
-        x = load_rows(base, rows, x_strides[2], rows < num_tokens, dims, HEAD_DIM)  # [N, D]
-        total += tl.sum(x.to(tl.float32), 0)
-    count = TILE
+    total = tl.zeros([TILES, BLOCK_D], dtype=tl.float32)
+    for start in tl.range(0, TILE, STEP, loop_unroll_factor=8):
+        rows = tl.reshape(tiles[:, None] * TILE + start + tl.arange(0, STEP)[None, :], TILES * STEP)
+        x = load_rows(base, rows, x_strides[2], rows < num_tokens, dims, HEAD_DIM).to(tl.float32)
+        total += tl.sum(tl.reshape(x, [TILES, STEP, BLOCK_D]), 1)
+    count = tl.full([TILES], TILE, tl.int32)
     if not COUNTS_PADDING:
-        count = tl.minimum(TILE, num_tokens - tile * TILE)
-    place = (plane * tl.num_programs(0) + tile) * HEAD_DIM
-    tl.store(means_ptr + place + dims, total / count, mask=dims < HEAD_DIM)
+        count = tl.minimum(count, num_tokens - tiles * TILE)
+    places = (plane * num_tiles + tiles)[:, None] * HEAD_DIM + dims[None, :]
+    keep = (tiles < num_tiles)[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(means_ptr + places, total / count[:, None], mask=keep)
 
 
 def mean_pool(x: Tensor, tile: int, *, pad_mean: str) -> Tensor:
@@ -47,7 +50,9 @@ def mean_pool(x: Tensor, tile: int, *, pad_mean: str) -> Tensor:
     batch, num_heads, num_tokens, head_dim = x.shape
     num_tiles = triton.cdiv(num_tokens, tile)
     means = x.new_empty(batch, num_heads, num_tiles, head_dim, dtype=torch.float32)
-    mean_pool_kernel[(num_tiles, batch * num_heads)](
+    # Of small tiles many at once, a token of each at a time: nothing moves between threads.
+    together, step = (16, 1) if tile < 64 else (1, 64)
+    mean_pool_kernel[(triton.cdiv(num_tiles, together), batch * num_heads)](
         x,
         means,
         x.stride(),
@@ -56,7 +61,8 @@ def mean_pool(x: Tensor, tile: int, *, pad_mean: str) -> Tensor:
         HEAD_DIM=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),
         TILE=tile,
-        BLOCK_N=min(tile, 64),
+        TILES=together,
+        STEP=step,
         COUNTS_PADDING=pad_mean == "reference",
     )
     return means
