@@ -188,7 +188,10 @@ def _examine(
             run.method.recorder = lambda call: plans.append(call.plan)
         out, first_ms, peak, has_compiled = _call_once(run, cell, inputs, poisons=True)
         plan = plans[0] if plans else None
-        check = check_rows(out, *inputs, plan, scale=cell.scale, heads=heads, seed=cell.seed)
+        settings = {"scale": cell.scale, "heads": heads, "seed": cell.seed}
+        if run.method is not None:
+            settings["precision"] = run.method.precision
+        check = check_rows(out, *inputs, plan, **settings)
         del out
         if not check.passed:
             return Failure("incorrect", str(check))

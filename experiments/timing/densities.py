@@ -51,7 +51,7 @@ class ControlledDensity(AttentionMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.backend = self.method.backend
+        self.backend, self.precision = self.method.backend, self.method.precision
         if not 0 < self.target_density <= 1:
             raise ValueError(f"target_density must lie in (0, 1], got {self.target_density}")
 

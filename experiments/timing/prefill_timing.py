@@ -237,14 +237,12 @@ def _check_kernel(
     def examine(call: CallRecord) -> None:
         if checks or call.plan.is_dense or call.q.shape[2] == 1:
             return
+        settings = {"scale": call.scale, "precision": method.precision}
+        inputs = call.q, call.k, call.k, call.plan
         with poisoned_memory(call.q.device, call.q.nbytes):
-            out = block_sparse_attention(
-                call.q, call.k, call.k, call.plan, scale=call.scale, backend=method.backend
-            )
+            out = block_sparse_attention(*inputs, backend=method.backend, **settings)
         heads = sorted({0, call.q.shape[1] - 1})
-        checks.append(
-            check_rows(out, call.q, call.k, call.k, call.plan, scale=call.scale, heads=heads)
-        )
+        checks.append(check_rows(out, *inputs, heads=heads, **settings))
 
     method.recorder = examine
     try:

@@ -207,7 +207,29 @@ def test_a_tile_left_out_fails_and_so_does_an_unwritten_output():
     assert not found.passed
 
 
+def test_eight_bits_are_allowed_the_error_of_their_emulation_and_a_tile_left_out_is_not():
+    q, k, v = make_qkv(1, 2, 1, 1500, 32, structure="mixed")
+    settings = {"backend": "reference", "precision": "fp8"}
+    method = build_method("pbs", threshold=0.9, **settings)
+    plan = method.plan(q, k)
+    assert not plan.is_dense
+    out, scale = method(q, k, v), 32**-0.5
+    found = check_rows(out, q, k, v, plan, scale=scale, precision="fp8")
+    assert found.passed, str(found)
+    assert not check_rows(out, q, k, v, plan, scale=scale).passed
+    fewer = build_method("pbs", threshold=0.3, **settings)(q, k, v)
+    assert not check_rows(fewer, q, k, v, plan, scale=scale, precision="fp8").passed
+
+
 # exact density
+
+
+def test_a_set_density_changes_nothing_else():
+    own = build_method("pbs", backend="reference", precision="fp8")
+    q, k, v = make_qkv(1, 2, 1, 900, 32, structure="mixed")
+    found = ControlledDensity(method=own, target_density=1.0)(q, k, v)
+    expected = build_method("pbs", backend="reference", precision="fp8", threshold=1.0)(q, k, v)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("gqa", ["per_query_head", "shared"])
