@@ -86,19 +86,20 @@ def dense_attention(
         sliding_window = None
     with as_given(q):
         if softcap is None and sinks is None and sliding_window is None:
-            return _run_kernel(choose_dense_kernel(kernel, q, k), q, k, v, scale)
+            return _run_kernel(choose_dense_kernel(kernel, q, k, v), q, k, v, scale)
         return _chunked_attention(
             q, k, v, scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks
         )
 
 
-def choose_dense_kernel(kernel: str, q: Tensor, k: Tensor) -> str:
+def choose_dense_kernel(kernel: str, q: Tensor, k: Tensor, v: Tensor | None = None) -> str:
     """The kernel that :func:`dense_attention` runs on these tensors without special options.
 
     Args:
         kernel: as asked for.
         q: ``[Z, Hq, Nq, D]``.
         k: ``[Z, Hkv, Nk, D]``.
+        v: ``[Z, Hkv, Nk, D]``, if it may be all that requires a gradient.
 
     Returns:
         A name of ``DENSE_KERNELS`` other than "auto"; "auto" prefers, on a CUDA device, fa3, fa4,
@@ -110,9 +111,16 @@ def choose_dense_kernel(kernel: str, q: Tensor, k: Tensor) -> str:
         NotImplementedError: the named kernel does not support this case.
     """
     check_choice(kernel, DENSE_KERNELS, name="dense kernel")
+    is_asked = any(x is not None and x.requires_grad for x in (q, k, v))
+
+    def has_gradient(name: str) -> bool:
+        return not is_asked or _has_backward(name)
+
     if kernel == "auto":
         candidates = _FASTEST_FIRST if q.is_cuda else ("cpu",)
-        return next((name for name in candidates if _supports(name, q, k)), "math")
+        return next(
+            (name for name in candidates if _supports(name, q, k) and has_gradient(name)), "math"
+        )
     if not is_installed(kernel):
         raise ImportError(f"dense kernel {kernel!r} needs {_PACKAGES[kernel]}; install it")
     if not _supports(kernel, q, k):
@@ -120,7 +128,23 @@ def choose_dense_kernel(kernel: str, q: Tensor, k: Tensor) -> str:
             f"dense kernel {kernel!r} does not support q {tuple(q.shape)}, k {tuple(k.shape)}, "
             f"{q.dtype} on {q.device}; kernel='auto' takes the fastest that does"
         )
+    if not has_gradient(kernel):
+        raise NotImplementedError(
+            f"dense kernel {kernel!r} got tensors that require a gradient, and this build "
+            "has no backward pass; kernel='auto' takes the fastest that has one"
+        )
     return kernel
+
+
+def _has_backward(kernel: str) -> bool:
+    """Whether a kernel has gradients; builds of FlashAttention-3 say what they leave out."""
+    if kernel != "fa3":
+        return True
+    try:
+        flags = import_module("flash_attn_config").CONFIG["build_flags"]
+    except ImportError:
+        return True
+    return not flags.get("FLASHATTENTION_DISABLE_BACKWARD", False)
 
 
 @cache

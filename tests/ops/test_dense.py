@@ -1,3 +1,4 @@
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -63,13 +64,34 @@ def test_kernel_is_chosen_and_named():
 def test_the_packages_kernels_go_with_their_chips(capability, chosen, refused, monkeypatch):
     monkeypatch.setattr(dense, "is_installed", lambda _: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 4, 8, 128), device="cuda:0")
+    q = SimpleNamespace(
+        is_cuda=True,
+        dtype=torch.bfloat16,
+        shape=(1, 4, 8, 128),
+        device="cuda:0",
+        requires_grad=False,
+    )
     if chosen is not None:
         assert choose_dense_kernel("auto", q, q) == chosen
     for kernel in refused:
         with pytest.raises(NotImplementedError, match=f"dense kernel '{kernel}' does not support"):
             choose_dense_kernel(kernel, q, q)
     assert choose_dense_kernel("fa2", q, q) == "fa2"
+
+
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_a_build_without_a_backward_pass_takes_no_tensors_with_a_gradient(where, monkeypatch):
+    config = SimpleNamespace(CONFIG={"build_flags": {"FLASHATTENTION_DISABLE_BACKWARD": True}})
+    monkeypatch.setitem(sys.modules, "flash_attn_config", config)
+    monkeypatch.setattr(dense, "is_installed", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    fixed = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (1, 4, 8, 128), "device": "cuda:0"}
+    tensors = [SimpleNamespace(**fixed, requires_grad=index == where) for index in range(3)]
+    assert choose_dense_kernel("auto", *tensors) == "fa4"
+    with pytest.raises(NotImplementedError, match=r"'fa3' .* this build has no backward pass"):
+        choose_dense_kernel("fa3", *tensors)
+    config.CONFIG["build_flags"]["FLASHATTENTION_DISABLE_BACKWARD"] = False
+    assert choose_dense_kernel("auto", *tensors) == "fa3"
 
 
 @pytest.mark.parametrize(
