@@ -66,6 +66,9 @@ class ControlledDensity(AttentionMethod):
         own = self.method.select(call)
         if own.is_dense:
             return own
+        first_window = own.windows[0, 0, :, 0] // own.grid.key_tile
+        if own.windows.shape[1] != 1:
+            own, first_window = self._own_tiles_alone(own)
         special = (own.columns, own.query_order, own.local_window)
         if own.windows.shape[1] != 1 or any(x is not None for x in special):
             raise NotImplementedError(
@@ -80,7 +83,7 @@ class ControlledDensity(AttentionMethod):
             self._lists[key] = random_tiles(
                 own.grid,
                 own.num_heads,
-                first_window=own.windows[0, 0, :, 0] // own.grid.key_tile,
+                first_window=first_window,
                 num_windows=int(own.num_windows[0, 0].sum()),
                 density=self.target_density,
                 seed=self.seed,
@@ -88,6 +91,25 @@ class ControlledDensity(AttentionMethod):
             )
         blocks, num_blocks = self._lists[key]
         return replace(own, blocks=blocks, num_blocks=num_blocks)
+
+    def _own_tiles_alone(self, own: AttentionPlan) -> tuple[AttentionPlan, Tensor]:
+        """A plan whose heads chose windows in their segment, with each query tile's own one alone.
+
+        The others of a segment count among what may not be drawn: in plan order they are elsewhere.
+
+        Returns:
+            The plan, and the key tile of each query tile's segment, int ``[Tq]``; as it was where
+            the method has no segments, or query tiles are not aligned with those of keys.
+        """
+        grid, size = own.grid, getattr(self.method, "segment_size", None)
+        if size is None or grid.offset % grid.key_tile or grid.query_tile != grid.key_tile:
+            return own, own.windows[0, 0, :, 0] // grid.key_tile
+        positions = torch.arange(grid.num_query_tiles, device=own.device) * grid.key_tile
+        positions = positions + grid.offset
+        windows = positions.to(own.windows.dtype)[None, None, :, None]
+        counts = torch.ones_like(windows[..., 0], dtype=own.num_windows.dtype)
+        segments = positions // size * size // grid.key_tile
+        return replace(own, windows=windows, num_windows=counts), segments
 
 
 def random_tiles(

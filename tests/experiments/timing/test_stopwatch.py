@@ -232,6 +232,19 @@ def test_a_set_density_changes_nothing_else():
     torch.testing.assert_close(found, expected)
 
 
+def test_a_density_can_be_set_where_heads_choose_in_their_own_segment():
+    q, k, v = make_qkv(1, 4, 2, 5000, 32, structure="mixed")
+    own = build_method("pbs_calibrated")
+    assert own.plan(q, k).windows.shape[1] == 4
+    method = ControlledDensity(method=own, target_density=0.3)
+    plan = method.plan(q, k)
+    plan.validate()
+    assert float((plan.density() - 0.3).abs().max()) <= 0.5 / plan.grid.num_causal_tiles + 1e-6
+    assert torch.equal(plan.order, own.plan(q, k).order)
+    assert check_rows(method(q, k, v), q, k, v, plan, scale=32**-0.5).passed
+    assert not plan.token_mask().triu(1).any()
+
+
 @pytest.mark.parametrize("gqa", ["per_query_head", "shared"])
 @pytest.mark.parametrize("density", [0.3, 0.45, 0.8])
 def test_density_is_met_to_the_nearest_tile(gqa, density):
