@@ -20,7 +20,12 @@ from experiments.timing.timing_report import has_published_times, shape_of
 UNSTATED = "*"
 # Dense kernels, as far as they were there, and ours; other labels stand as they are.
 DENSE = {"flash": "FA2", "cudnn": "cuDNN", "fa3": "FA3", "fa4": "FA4", "cpu": "SDPA"}
-OURS = {"pbs": "PBS per head", "pbs shared": "PBS shared"}
+OURS = {
+    "pbs": "PBS per head",
+    "pbs shared": "PBS shared",
+    "pbs fp8": "PBS per head, FP8",
+    "pbs shared fp8": "PBS shared, FP8",
+}
 # Times at another density say nothing about the published ones.
 DENSITY_TOLERANCE = 0.01
 TITLE7 = (
@@ -43,15 +48,13 @@ def device_table(
     measured = _measured(records)
     kernels = {name for record in measured for name in record["dense"]}
     dense = [*(name for name in DENSE if name in kernels), *sorted(kernels - {*DENSE})]
-    labels = list(dict.fromkeys(label for record in measured for label in record["methods"]))
-    if len(labels) == 2 and set(labels) == set(OURS):
-        labels = list(OURS)
-    best = labels[-1] if labels else ""
-    rows = [_cells(record, dense, labels, 1000 if unit == "s" else 1) for record in measured]
+    labels = _timed_labels(measured)
+    best = _fastest(measured[-1], labels)
+    rows = [_cells(record, dense, labels, best, 1000 if unit == "s" else 1) for record in measured]
     titles = ["tokens", "density", "samples", "spread, %"]
     titles += [f"{DENSE.get(name, name)}, {unit}" for name in dense]
     titles += [f"{OURS.get(label, label)}, {unit}" for label in labels]
-    short = "shared" if best == "pbs shared" else best
+    short = OURS.get(best, best).removeprefix("PBS ")
     titles += [f"{short} over {DENSE.get(name, name)}" for name in dense]
     columns = {title: [row[index] for row in rows] for index, title in enumerate(titles)}
     if has_published:
@@ -79,6 +82,7 @@ def legend(records: Sequence[Record]) -> str:
         parts.append("Times are the device's own; what a caller waits was not measured.")
     if not all(map(_is_stated, measured)):
         parts.append(f"{UNSTATED} The paper states no density here; that of 131072 tokens is used.")
+    parts += [f"No time: {text}." for text in _untimed(measured)]
     return " ".join(parts)
 
 
@@ -112,6 +116,36 @@ def as_text(table: dict[str, list[str]], note: str) -> str:
     return f"{to_markdown(table)}\n\n{note}"
 
 
+def _timed_labels(measured: Sequence[Record]) -> list[str]:
+    """Methods that have a time somewhere, ours first and in their order."""
+    labels = dict.fromkeys(
+        label
+        for record in measured
+        for label, entry in record["methods"].items()
+        if entry["median_ms"] is not None
+    )
+    return [*(label for label in OURS if label in labels), *(x for x in labels if x not in OURS)]
+
+
+def _fastest(record: Record, labels: Sequence[str]) -> str:
+    """The method with the least time in a cell, among those in the precision of dense kernels."""
+    same = [label for label in labels if not label.endswith(" fp8")] or labels
+    times = {label: record["methods"].get(label, {}).get("median_ms") for label in same}
+    return min(times, key=lambda label: float("inf") if times[label] is None else times[label])
+
+
+def _untimed(measured: Sequence[Record]) -> list[str]:
+    """Methods without any time, and why: "PBS calibrated: unavailable, ..."."""
+    timed = _timed_labels(measured)
+    reasons = {
+        label: f"{label}: {entry['failure']}, {entry.get('message', 'no reason recorded')}"
+        for record in measured
+        for label, entry in record["methods"].items()
+        if label not in timed
+    }
+    return list(reasons.values())
+
+
 def _measured(records: Sequence[Record]) -> list[Record]:
     """Cells in which some method has a time, short ones first."""
     measured = [
@@ -137,7 +171,9 @@ def _is_stated(record: Record) -> bool:
     return bool(record.get("is_published_density", density_at(record["length"])[1]))
 
 
-def _cells(record: Record, dense: Sequence[str], labels: Sequence[str], divisor: int) -> list[str]:
+def _cells(
+    record: Record, dense: Sequence[str], labels: Sequence[str], best: str, divisor: int
+) -> list[str]:
     """One length."""
     empty: Record = {"median_ms": None, "failure": "not measured"}
     entries = [record["dense"].get(name, empty) for name in dense]
@@ -163,7 +199,7 @@ def _cells(record: Record, dense: Sequence[str], labels: Sequence[str], divisor:
         f"{' to '.join(str(counts[end]) for end in ((0, -1) if len(counts) > 1 else (0,)))}{marks}",
         f"{max(spread):.1f}" if len(spread) == len(timed) else "unknown",
         *(_time_text(entry, divisor, waits) for entry in entries),
-        *(_ratio_text(entries[-1], name, waits) for name in dense),
+        *(_ratio_text(record["methods"].get(best, empty), name, waits) for name in dense),
     ]
 
 

@@ -5,7 +5,9 @@ python -m experiments.tools.selection_lab.tables     # rewrites them
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -20,10 +22,12 @@ from experiments.tools.selection_lab.variants import VARIANTS
 FINDINGS = ROOT / "docs" / "findings.md"
 README = ROOT / "README.md"
 FOLDER = RESULTS / "selection_2026-11-27"
+SKIPPING = RESULTS / "skipping_2026-11-28" / "skipping_8192.csv"
 # The lab's form of the method.
 OURS = "base"
-# The density that targets and ablations are stated at.
+# The density that targets and ablations are stated at, and the distance that costs are.
 TARGET = 0.2
+TARGET_KL = 0.05
 SHAPE = Shape(32, 8, 128)
 LENGTHS = (8192, 32768, 131072)
 COSTED = ("pbs_calibrated", "pbs", "xattention", "minference")
@@ -51,12 +55,14 @@ def sections(folder: Path = FOLDER) -> dict[str, str]:
     return {
         "densities_8192": by_density(short),
         "methods_8192": beside(short[short.target == TARGET], METHODS),
+        "equal_kl_8192": at_equal_kl(short),
         "tails_8192": tails(short[short.target == TARGET]),
         "variants_8192": of_variants(variants),
         "densities_32768": by_density(long),
         "methods_32768": beside(long[long.target == TARGET], METHODS),
         "variants_32768": of_variants(long[long.target == TARGET]),
         "cost": cost(),
+        "skipping": skipping(pd.read_csv(SKIPPING)),
     }
 
 
@@ -136,6 +142,69 @@ def beside(rows: pd.DataFrame, labels: dict[str, str]) -> str:
             **_quarters(some, "kl", "{:.4f}"),
         )
     return to_markdown(columns) + "\n"
+
+
+def at_equal_kl(rows: pd.DataFrame, kl: float = TARGET_KL) -> str:
+    """The density that each method needs to be this near to dense, window by window."""
+    columns: dict[str, list[str]] = {"method": [], "density": [], "tiles over ours": []}
+    ours = densities_at(rows[rows.variant == OURS], kl)
+    least = {}
+    for name in METHODS:
+        found = densities_at(rows[rows.variant == name], kl)
+        if found:
+            least[name] = sum(found.values()) / len(found)
+    for name in sorted(least, key=least.__getitem__):
+        found = densities_at(rows[rows.variant == name], kl)
+        num_windows = rows[rows.variant == name].window.nunique()
+        if len(found) < num_windows:
+            columns["method"].append(METHODS[name])
+            columns["density"].append(f"reached in {len(found)} of {num_windows} windows")
+            columns["tiles over ours"].append("")
+            continue
+        interval = student_interval(list(found.values()))
+        ratios = [found[window] / ours[window] for window in found]
+        between = student_interval(ratios)
+        columns["method"].append(METHODS[name])
+        columns["density"].append(f"{least[name]:.3f} [{interval.low:.3f}, {interval.high:.3f}]")
+        columns["tiles over ours"].append(
+            ""
+            if name == OURS
+            else f"{sum(ratios) / len(ratios):.2f}x [{between.low:.2f}, {between.high:.2f}]"
+        )
+    return to_markdown(columns) + "\n"
+
+
+def skipping(rows: pd.DataFrame) -> str:
+    """Selected tiles that a kernel could skip, over both texts, and what rows would lose."""
+    columns: dict[str, list[str]] = {}
+    for (method, order, factor), some in rows.groupby(["method", "order", "factor"], sort=False):
+        cells = {
+            "method": f"`{method}`",
+            "tiles come": "in plan order" if order == "plan" else order,
+            "factor": f"{factor:g}",
+            "skipped, % of selected tiles": f"{100 * some.skipped.sum() / some.selected.sum():.1f}",
+            "attention lost, % (mean)": f"{100 * some.lost_mean.mean():.2g}",
+            "by the worst row": f"{100 * some.lost_worst.max():.2g}",
+        }
+        for column, cell in cells.items():
+            columns.setdefault(column, []).append(cell)
+    return to_markdown(columns) + "\n"
+
+
+def densities_at(rows: pd.DataFrame, kl: float) -> dict[str, float]:
+    """By window, where a method's curve first passes a KL; windows without are missing.
+
+    Straight between measured densities, both logarithms.
+    """
+    found = {}
+    for window, some in rows.groupby("window"):
+        points = sorted(zip(some.density, some.kl, strict=True))
+        for (sparse, far), (dense, near) in pairwise(points):
+            if far >= kl > near:
+                share = math.log(far / kl) / math.log(far / near)
+                found[str(window)] = sparse * (dense / sparse) ** share
+                break
+    return found
 
 
 def tails(rows: pd.DataFrame) -> str:

@@ -15,7 +15,7 @@ PICTURES = {
     "compare_baselines": (2, 0),
     "coverage_and_permutation": (4, 2),
     "real_model": (2, 2),
-    "timing": (11, 6),
+    "timing": (13, 8),
     "your_own_method": (1, 1),
 }
 SENTENCE = "make some with"

@@ -10,6 +10,7 @@ from experiments.tools.selection_lab.tables import (
     METHODS,
     OURS,
     README,
+    densities_at,
     headline,
     rewrite,
 )
@@ -54,3 +55,16 @@ def test_the_results_page_says_the_same():
     assert f"is {ours}, a fifth of published PBS ({published}) and half of" in said
     assert f"left in place ({still}); at 32768 tokens {', '.join(found[32768][:2])} and" in said
     assert f"and {found[32768][2]}." in said
+
+
+def test_densities_of_a_distance_lie_between_those_measured():
+    rows = pd.DataFrame(
+        {
+            "window": ["a"] * 3 + ["b"] * 2 + ["c"] * 2,
+            "density": [0.1, 0.4, 0.2, 0.1, 0.2, 0.1, 0.2],
+            "kl": [0.2, 0.01, 0.05, 0.4, 0.1, 0.04, 0.01],
+        }
+    )
+    found = densities_at(rows, 0.1)
+    assert found == pytest.approx({"a": 0.1 * 2**0.5})  # halfway; b's last is not below
+    assert densities_at(rows, 0.02).keys() == {"a", "c"}

@@ -45,3 +45,27 @@ def test_with_everything_covered_nothing_stands_in(settings):
 
 def test_the_librarys_methods_are_beside():
     assert {"pbs", "pbs_calibrated", "xattention", "minference"} <= set(published())
+
+
+def test_what_could_be_skipped_is_counted_and_what_it_would_cost():
+    from experiments.tools.selection_lab.skipping import Counter, skipped
+
+    largest = torch.tensor([[0.0, -9.0, 5.0, -4.0], [-1.0, -8.0, 1.0, -3.0]])
+    masses = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]])
+    seen = torch.zeros(2)
+    count, lost = skipped(largest, masses, seen, factor=1e-3, sorts=False)
+    assert count == 1  # the second tile; e^-4 of the last is more than 1e-3 to the second row
+    assert torch.equal(lost, masses[:, 1])
+    count, lost = skipped(largest, masses, seen, factor=0.05, sorts=True)
+    assert count == 2  # after the third tile the first row cares for no other
+    torch.testing.assert_close(lost, masses[:, 1] + masses[:, 3])
+
+    q, k, v = make_qkv(1, 2, 1, 3000, 32, structure="mixed")
+    method = build_method("pbs", threshold=0.6)
+    method.recorder = counter = Counter()
+    method(q, k, v, layer_idx=1)
+    assert counter.selected > 0
+    assert counter.counts[False, 1e-4] <= counter.counts[False, 1e-2] <= counter.selected
+    for key in counter.counts:
+        assert 0 <= counter.total[key] <= counter.rows * counter.worst[key] + 1e-9
+        assert counter.worst[key] <= key[1] * 3000  # the bound
