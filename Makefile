@@ -41,7 +41,7 @@ test-vllm: ## Run the plug-in in a real vLLM on the CPU, in .venv-vllm (3.5 GB);
 	$(PYTHON) -m tests.serving.environment .venv-vllm $(VLLM) && .venv-vllm/bin/python -m pytest -m vllm -n 0 tests/serving
 
 test-gpu: $(VENV)/.dev ## Run the tests that need a CUDA device
-	PBS_TESTS=gpu $(BIN)/python -m pytest -m gpu -n 0
+	PBS_TESTS=gpu $(BIN)/python -m pytest -m gpu -n 8
 
 check: lint type test ## Everything CI runs
 
