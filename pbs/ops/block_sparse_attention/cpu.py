@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from pbs.ops.block_sparse_attention.common import weighted_values
+from pbs.ops.permutation import gather_keys
 from pbs.ops.plan import AttentionPlan
+from pbs.ops.stages import stage
 
-# Gathered keys per call: K and V of 8192 keys stay in the cache, and the copies are small beside
-# the inputs. More was slower and took more memory at 16K tokens.
-MAX_GATHERED_TOKENS = 1 << 13
+# Gathered keys per call: K and V of so many stay in a cache, and the copies are small beside the
+# inputs. Half as many took up to 6 % longer, twice as many as long or, at D = 128, longer.
+MAX_GATHERED_TOKENS = 1 << 14
 
 
 def block_sparse_attention(
@@ -51,7 +53,10 @@ class _Rows:
     key_base: Tensor  # [rows] first token of the row's KV head in `keys`
     order: Tensor | None  # [Z * Ho * Nk] position of the key at each place
     order_base: Tensor | None  # [rows]
+    tiles: tuple[Tensor, Tensor] | None  # keys and values in plan order, [Z * Ho * Tk, tile * D]
+    tile_base: Tensor  # [rows] first tile of the row's head in them
     head: Tensor  # [rows] query head
+    is_finite: bool  # whether all keys and values are
 
     @classmethod
     def build(cls, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> _Rows:
@@ -65,48 +70,73 @@ class _Rows:
         head = torch.arange(num_heads).view(1, -1, 1)
         shape = (batch, num_heads, grid.num_query_tiles)
 
-        def first_token(tensor_heads: int) -> Tensor:
+        def first(tensor_heads: int, each: int) -> Tensor:
+            """Where a row's head begins, of a tensor with so many entries a head."""
             own = head // (num_heads // tensor_heads)
-            base = (sequence * tensor_heads + own) * grid.num_keys
+            base = (sequence * tensor_heads + own) * each
             return base.expand(shape).flatten()
 
+        tiles = _tiles(k, v, plan) if plan.columns is None else None
+        order_heads = k.shape[1] if plan.order is None else plan.order.shape[1]
         return cls(
             plan,
             scale,
             queries.reshape(-1, grid.query_tile, head_dim),
             k.reshape(-1, head_dim),
             v.reshape(-1, head_dim),
-            first_token(k.shape[1]),
+            first(k.shape[1], grid.num_keys),
             None if plan.order is None else plan.order.reshape(-1),
-            None if plan.order is None else first_token(plan.order.shape[1]),
+            None if plan.order is None else first(order_heads, grid.num_keys),
+            tiles,
+            first(order_heads, grid.num_key_tiles),
             head.expand(shape).flatten(),
+            _all_finite(k) and _all_finite(v),
         )
 
     def run_whole_tiles(self) -> tuple[Tensor, Tensor]:
         """Attention over the keys that need no mask: out [rows, M, D] and lse [rows, M]."""
         plan, tile = self.plan, self.plan.grid.key_tile
+        blocks, num_blocks = self._lists(plan.blocks, plan.num_blocks)
+        if self.tiles is not None:
+            return self._run_tiles(blocks, num_blocks)
         out = torch.zeros_like(self.queries)
         lse = torch.full(self.queries.shape[:2], float("-inf"), dtype=torch.float32)
-        blocks, num_blocks = self._lists(plan.blocks, plan.num_blocks)
-        counts = num_blocks * tile
-        columns = num_columns = None
-        if plan.columns is not None and plan.num_columns is not None:
-            columns, num_columns = self._lists(plan.columns, plan.num_columns)
-            counts = counts + num_columns
-        for group, length in _groups(counts):
+        assert plan.columns is not None
+        assert plan.num_columns is not None
+        columns, num_columns = self._lists(plan.columns, plan.num_columns)
+        for group, length in _groups(num_blocks * tile + num_columns, MAX_GATHERED_TOKENS):
             if not length:
                 continue
             tokens = self._tokens(blocks[group] * tile, num_blocks[group], tile)
             if self.order is not None and self.order_base is not None:
                 places = (self.order_base[group, None] + tokens).clamp(min=0)
                 tokens = torch.where(tokens >= 0, self.order[places], -1)
-            if columns is not None and num_columns is not None:
-                extra = self._tokens(columns[group], num_columns[group], 1)
-                tokens = torch.cat([tokens, extra], dim=1)
+            extra = self._tokens(columns[group], num_columns[group], 1)
+            tokens = torch.cat([tokens, extra], dim=1)
             valid = tokens >= 0
             mask = None if bool(valid.all()) else valid[:, None, :]
-            out[group], lse[group] = self._attend(group, tokens, mask)
+            keys = self._gathered(group, tokens)
+            out[group], lse[group] = self._attend(self.queries[group], *keys, mask)
         return out, lse
+
+    def _run_tiles(self, blocks: Tensor, num_blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for plans without columns, whose keys lie in tiles."""
+        assert self.tiles is not None
+        tile = self.plan.grid.key_tile
+        counts, order = num_blocks.sort(stable=True)
+        queries, places = self.queries[order], (self.tile_base[:, None] + blocks)[order]
+        out = torch.zeros_like(queries)
+        lse = torch.full(queries.shape[:2], float("-inf"), dtype=torch.float32)
+        for group, count in _runs(counts, MAX_GATHERED_TOKENS // tile):
+            if count:
+                index = places[group, :count].flatten()
+                k, v = (
+                    x.index_select(0, index).view(-1, 1, count * tile, queries.shape[2])
+                    for x in self.tiles
+                )
+                out[group], lse[group] = self._attend(queries[group], k, v, None)
+        place = order.argsort()
+        return out[place], lse[place]
 
     def merge_windows(self, out: Tensor, lse: Tensor) -> None:
         """Add the keys that need a mask per token to out and lse, in place."""
@@ -114,46 +144,57 @@ class _Rows:
         windows, num_windows = self._lists(plan.windows, plan.num_windows)
         positions = plan.query_positions().expand(plan.batch_size, plan.num_heads, -1)
         positions = positions.reshape(-1, grid.query_tile)
-        for group, length in _groups(num_windows * grid.key_tile):
+        for group, length in _groups(num_windows * grid.key_tile, MAX_GATHERED_TOKENS):
             if not length:
                 continue
             tokens = self._tokens(windows[group], num_windows[group], grid.key_tile)
             tokens = torch.where(tokens < grid.num_keys, tokens, -1)
-            rows = positions[group, :, None]
-            seen = (tokens[:, None, :] >= 0) & (tokens[:, None, :] <= rows)
+            keys, rows = self._gathered(group, tokens), positions[group]
+            if plan.local_window is None and _are_alike(tokens, rows):
+                tokens, rows = tokens[:1], rows[:1]  # one mask for all
+            seen = (tokens[:, None, :] >= 0) & (tokens[:, None, :] <= rows[..., None])
             if plan.local_window is not None:
                 init, local = plan.local_window[self.head[group]].long()[..., None, None].unbind(1)
-                seen &= (tokens[:, None, :] < init) | (rows - tokens[:, None, :] < local)
-            part, part_lse = self._attend(group, tokens, seen)
+                near = rows[..., None] - tokens[:, None, :] < local
+                seen &= (tokens[:, None, :] < init) | near
+            part, part_lse = self._attend(self.queries[group], *keys, seen)
             # The share of the first part in the joint softmax; 0 where it has no keys.
             share = torch.sigmoid(lse[group] - part_lse).nan_to_num(0.0).unsqueeze(-1)
             out[group] = (part + (out[group] - part) * share).to(out.dtype)
 
-    def _attend(self, group: Tensor, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Attention of the group's queries over ``tokens [R, L]`` (-1: none), masked or not."""
+    def _gathered(self, group: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[R, 1, L, D]`` at ``tokens [R, L]`` (-1: any)."""
         index = (self.key_base[group, None] + tokens.clamp(min=0)).flatten()
         shape = (len(group), 1, tokens.shape[1], -1)
-        k = self.keys.index_select(0, index).view(shape)
-        v = self.values.index_select(0, index).view(shape)
-        q = self.queries[group].unsqueeze(1)
+        return (
+            self.keys.index_select(0, index).view(shape),
+            self.values.index_select(0, index).view(shape),
+        )
+
+    def _attend(
+        self, queries: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of ``queries [R, M, D]``; ``mask [R or 1, M or 1, L]`` says what is seen."""
+        q = queries.unsqueeze(1)
         bias = doubtful = None
         if mask is not None:
             # Hidden pairs weigh 0, and 0 * NaN is NaN: keys that are not finite are left out for
             # all, then put back for the queries that see them.
-            doubtful = _not_finite(k, v)
+            doubtful = None if self.is_finite else _not_finite(k, v)
             if doubtful is not None:
                 whole = (k.squeeze(1), v.squeeze(1))
                 k, v = (x.masked_fill(doubtful.unsqueeze(1).unsqueeze(-1), 0.0) for x in (k, v))
             bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-            bias = bias.expand(-1, q.shape[2], -1).unsqueeze(1)
+            bias = bias.expand(len(q), q.shape[2], -1).unsqueeze(1)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, False, attn_mask=bias, scale=self.scale
         )
         out, lse = out.squeeze(1), lse.squeeze(1).float()
         if mask is not None:
-            empty = ~mask.any(-1).expand(-1, q.shape[2])
-            out.masked_fill_(empty.unsqueeze(-1), 0.0)
-            lse = lse.masked_fill(empty, float("-inf"))
+            empty = ~mask.any(-1).expand(len(q), q.shape[2])
+            if bool(empty.any()):
+                out.masked_fill_(empty.unsqueeze(-1), 0.0)
+                lse = lse.masked_fill(empty, float("-inf"))
             if doubtful is not None:
                 spoiled = (mask & doubtful.unsqueeze(1)).any(-1).expand(-1, q.shape[2])
                 exact, exact_lse = _attend_exactly(q.squeeze(1), *whole, mask, self.scale)
@@ -178,10 +219,37 @@ class _Rows:
         return torch.where(valid[..., None], members, -1).flatten(1)
 
 
+def _tiles(k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
+    """Keys and values in plan order, a tile a row: copied once, so that lists copy whole tiles."""
+    grid = plan.grid
+    if plan.order is not None:
+        with stage("gather"):
+            v = gather_keys(v, plan.order)
+            k = gather_keys(k, plan.order) if plan.ordered_keys is None else plan.ordered_keys
+    missing = grid.num_key_tiles * grid.key_tile - grid.num_keys
+    if missing:  # of the last tile, which no list names
+        k, v = (torch.nn.functional.pad(x, (0, 0, 0, missing)) for x in (k, v))
+    return (
+        k.reshape(-1, grid.key_tile * k.shape[3]),
+        v.reshape(-1, grid.key_tile * v.shape[3]),
+    )
+
+
+def _are_alike(tokens: Tensor, rows: Tensor) -> bool:
+    """Whether all rows see their tokens ``[R, L]`` as the first does, by their distances."""
+    same = tokens - rows[:, :1] == tokens[:1] - rows[:1, :1]
+    steps = rows - rows[:, :1] == rows[:1] - rows[:1, :1]
+    return bool(same.all()) and bool(steps.all()) and bool((tokens >= 0).all())
+
+
+def _all_finite(x: Tensor) -> bool:
+    # A sum is not finite if a term is not; that it may overflow costs time, no more.
+    return math.isfinite(float(x.sum(dtype=torch.float32)))
+
+
 def _not_finite(k: Tensor, v: Tensor) -> Tensor | None:
     """Keys ``[R, L]`` of ``[R, 1, L, D]`` with a number that is not finite; None: no key has."""
-    # A sum is not finite if a term is not; that it may overflow costs time, no more.
-    if all(math.isfinite(float(x.sum(dtype=torch.float32))) for x in (k, v)):
+    if _all_finite(k) and _all_finite(v):
         return None
     return ~(k.isfinite() & v.isfinite()).all(-1).squeeze(1)
 
@@ -196,11 +264,19 @@ def _attend_exactly(
     return weighted_values(weights, v.float(), mask), logits.logsumexp(dim=-1)
 
 
-def _groups(counts: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """Rows with the same number of keys, at most MAX_GATHERED_TOKENS keys together."""
-    lengths, order = counts.sort(stable=True)
-    values, sizes = lengths.unique_consecutive(return_counts=True)
-    for length, rows in zip(values.tolist(), order.split(sizes.tolist()), strict=True):
-        step = max(1, MAX_GATHERED_TOKENS // max(length, 1))
-        for group in rows.split(step):
-            yield group, length
+def _groups(counts: Tensor, most: int) -> Iterator[tuple[Tensor, int]]:
+    """Rows that count the same, together at most ``most`` unless one alone counts more."""
+    counts, order = counts.sort(stable=True)
+    for some, count in _runs(counts, most):
+        yield order[some], count
+
+
+def _runs(counts: Tensor, most: int) -> Iterator[tuple[slice, int]]:
+    """The same of sorted counts, as slices."""
+    values, sizes = counts.unique_consecutive(return_counts=True)
+    first = 0
+    for count, size in zip(values.tolist(), sizes.tolist(), strict=True):
+        step = max(1, most // max(count, 1))
+        for start in range(first, first + size, step):
+            yield slice(start, min(start + step, first + size)), count
+        first += size
