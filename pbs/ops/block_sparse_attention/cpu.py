@@ -127,12 +127,17 @@ class _Rows:
         queries, places = self.queries[order], (self.tile_base[:, None] + blocks)[order]
         out = torch.zeros_like(queries)
         lse = torch.full(queries.shape[:2], float("-inf"), dtype=torch.float32)
+        most = max(MAX_GATHERED_TOKENS // tile, blocks.shape[1])
+        # Written again and again: memory that the system gives anew costs more than the copies.
+        room = [x.new_empty(most, x.shape[1]) for x in self.tiles]
         for group, count in _runs(counts, MAX_GATHERED_TOKENS // tile):
             if count:
                 index = places[group, :count].flatten()
                 k, v = (
-                    x.index_select(0, index).view(-1, 1, count * tile, queries.shape[2])
-                    for x in self.tiles
+                    torch.index_select(x, 0, index, out=copies[: len(index)]).view(
+                        -1, 1, count * tile, queries.shape[2]
+                    )
+                    for x, copies in zip(self.tiles, room, strict=True)
                 )
                 out[group], lse[group] = self._attend(queries[group], k, v, None)
         place = order.argsort()
