@@ -65,7 +65,7 @@ class _Rows:
         if plan.query_order is not None:
             q = q.gather(2, plan.query_order.unsqueeze(-1).expand_as(q))
         padding = grid.num_query_tiles * grid.query_tile - num_queries
-        queries = torch.nn.functional.pad(q, (0, 0, 0, padding))
+        queries = torch.nn.functional.pad(q, (0, 0, 0, padding)) if padding else q
         sequence = torch.arange(batch).view(-1, 1, 1)
         head = torch.arange(num_heads).view(1, -1, 1)
         shape = (batch, num_heads, grid.num_query_tiles)
@@ -123,25 +123,24 @@ class _Rows:
         """The same for plans without columns, whose keys lie in tiles."""
         assert self.tiles is not None
         tile = self.plan.grid.key_tile
-        counts, order = num_blocks.sort(stable=True)
-        queries, places = self.queries[order], (self.tile_base[:, None] + blocks)[order]
-        out = torch.zeros_like(queries)
-        lse = torch.full(queries.shape[:2], float("-inf"), dtype=torch.float32)
+        places = self.tile_base[:, None] + blocks
+        out = torch.zeros_like(self.queries)
+        lse = torch.full(out.shape[:2], float("-inf"), dtype=torch.float32)
         most = max(MAX_GATHERED_TOKENS // tile, blocks.shape[1])
         # Written again and again: memory that the system gives anew costs more than the copies.
         room = [x.new_empty(most, x.shape[1]) for x in self.tiles]
-        for group, count in _runs(counts, MAX_GATHERED_TOKENS // tile):
+        for group, count in _groups(num_blocks, MAX_GATHERED_TOKENS // tile):
             if count:
                 index = places[group, :count].flatten()
                 k, v = (
                     torch.index_select(x, 0, index, out=copies[: len(index)]).view(
-                        -1, 1, count * tile, queries.shape[2]
+                        -1, 1, count * tile, out.shape[2]
                     )
                     for x, copies in zip(self.tiles, room, strict=True)
                 )
-                out[group], lse[group] = self._attend(queries[group], k, v, None)
-        place = order.argsort()
-        return out[place], lse[place]
+                out[group], lse[group] = self._attend(self.queries[group], k, v, None)
+        self.tiles = None  # windows want memory, and natural keys
+        return out, lse
 
     def merge_windows(self, out: Tensor, lse: Tensor) -> None:
         """Add the keys that need a mask per token to out and lse, in place."""
@@ -271,17 +270,9 @@ def _attend_exactly(
 
 def _groups(counts: Tensor, most: int) -> Iterator[tuple[Tensor, int]]:
     """Rows that count the same, together at most ``most`` unless one alone counts more."""
-    counts, order = counts.sort(stable=True)
-    for some, count in _runs(counts, most):
-        yield order[some], count
-
-
-def _runs(counts: Tensor, most: int) -> Iterator[tuple[slice, int]]:
-    """The same of sorted counts, as slices."""
-    values, sizes = counts.unique_consecutive(return_counts=True)
-    first = 0
-    for count, size in zip(values.tolist(), sizes.tolist(), strict=True):
+    lengths, order = counts.sort(stable=True)
+    values, sizes = lengths.unique_consecutive(return_counts=True)
+    for count, rows in zip(values.tolist(), order.split(sizes.tolist()), strict=True):
         step = max(1, most // max(count, 1))
-        for start in range(first, first + size, step):
-            yield slice(start, min(start + step, first + size)), count
-        first += size
+        for group in rows.split(step):
+            yield group, count
